@@ -1,0 +1,301 @@
+"""An adapter on disk: safetensors and JSON, written atomically, read within bounds computed from headers.
+
+A folder holds ``omnilora.json`` (method, hyper-parameters, sites, base fingerprints, probe) and one tensor file:
+``adapter_model.safetensors`` with ``adapter_config.json`` where PEFT can express the adapter, else
+``omnilora.safetensors`` and no ``adapter_config.json``. Saving the same adapter twice gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse
+from safetensors.torch import save as encode
+from torch import Tensor, nn
+
+from omnilora.core import state as states
+from omnilora.core.fingerprint import Fingerprint
+from omnilora.core.state import AdapterState
+from omnilora.errors import FileRefused, NotExpressible, OmniloraError, UnknownName
+
+FORMAT = 1
+MANIFEST, NATIVE = "omnilora.json", "omnilora.safetensors"
+MAX_JSON = 64 << 20
+MAX_HEADER = 32 << 20
+QUOTA = 16 << 30
+_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+Foreign = Callable[[AdapterState], tuple[dict[str, Any], dict[str, Tensor]]]
+
+
+def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> Path:
+    """Write a folder so that a reader sees all of the old or all of the new, whatever happens in between."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        fresh.mkdir()
+        for name, data in files.items():
+            with open(fresh / name, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+        _sync(fresh)
+        _swap(fresh, target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return target
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _swap(fresh: Path, target: Path) -> None:
+    """Put ``fresh`` in the place of ``target``; the old folder moves aside first and is removed last."""
+    if not target.exists():
+        os.rename(fresh, target)
+        return
+    if not target.is_dir():
+        raise FileRefused(f"{target} is a file.", "Give a folder.")
+    if _exchange(fresh, target):
+        return
+    aside = target.with_name(f".{target.name}.old-{uuid.uuid4().hex[:12]}")
+    os.rename(target, aside)
+    os.rename(fresh, target)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step (Linux); False where the system cannot."""
+    import ctypes
+
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        done = libc.renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2)
+    except (OSError, AttributeError):
+        return False
+    return bool(done == 0)
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def manifest(state: AdapterState, tensor_file: str) -> dict[str, Any]:
+    from omnilora import __version__
+
+    return {"format": FORMAT, "library": __version__, "method": state.method, "hyper": _plain(state.hyper),
+            "sites": {n: states.config_of(s) for n, s in state.sites.items()}, "tensors": tensor_file,
+            "content": state.content(), "base": {n: asdict(f) for n, f in state.base.items()},
+            "probe": _probe(state), "extra": dict(state.extra)}  # fmt: skip
+
+
+def _plain(hyper: Mapping[str, Any]) -> dict[str, Any]:
+    from omnilora.core.parameterization import to_config
+
+    return {k: to_config(v) for k, v in hyper.items()}
+
+
+def _probe(state: AdapterState) -> dict[str, list[float]]:
+    """For each additive low-rank site: ‖ΔW‖ and the norm of its action on a seeded vector."""
+    out = {}
+    for name, s in state.sites.items():
+        try:
+            ba = states.delta(s, state).factors()
+        except (NotImplementedError, OmniloraError, AttributeError):
+            continue
+        if ba is None:
+            continue
+        b, a = ba[0].double(), ba[1].double()
+        x = torch.randn(a.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        out[name] = [float(f"{float(v):.9g}") for v in
+                     ((((b.mT @ b) * (a @ a.mT)).sum()).clamp_min(0).sqrt(), (b @ (a @ x)).norm())]  # fmt: skip
+    return out
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = None) -> Path:
+    """Save one adapter of ``model`` into a folder, atomically. Base weights are never written."""
+    return save_state(states.state(model, adapter), path)
+
+
+def save_state(state: AdapterState, path: str | os.PathLike[str]) -> Path:
+    """Save an adapter that is a value."""
+    from omnilora.io import peft
+
+    files: dict[str, bytes] = {}
+    try:
+        config, tensors = peft.to_peft(state)
+        files["adapter_config.json"] = _json(config)
+        files["adapter_model.safetensors"] = encode(_ordered(tensors), {"format": "pt"})
+        name = "adapter_model.safetensors"
+    except NotExpressible:
+        files[NATIVE] = encode(_ordered(state.flat()))
+        name = NATIVE
+    files[MANIFEST] = _json(manifest(state, name))
+    return write_folder(path, files)
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object within bounds; duplicate keys, NaN and other shapes are refused."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise FileRefused(f"{path.name} has {path.stat().st_size} bytes.", f"At most {MAX_JSON} are read.")
+        data = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_nan)
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        if isinstance(error, OmniloraError):
+            raise
+        raise FileRefused(f"{path.name} cannot be read: {str(error)[:200]}.", "The file is damaged.") from error
+    if not isinstance(data, dict):
+        raise FileRefused(f"{path.name} holds a {type(data).__name__}, not an object.")
+    return data
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise FileRefused("A key occurs twice in the JSON.", "The file is damaged or hostile.")
+    return out
+
+
+def _no_nan(word: str) -> None:
+    raise FileRefused(f"The JSON holds {word}.", "The file is damaged.")
+
+
+def read_header(path: Path, quota: int = QUOTA) -> dict[str, Any]:
+    """The checked header of a safetensors file: shapes, offsets and sizes agree before anything is allocated."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            head = f.read(8)
+            if len(head) < 8:
+                raise FileRefused(f"{path.name} is truncated.", "It has no header.")
+            (length,) = struct.unpack("<Q", head)
+            if length > min(MAX_HEADER, size - 8):
+                raise FileRefused(f"{path.name} announces a header of {length} bytes.", "It is truncated or hostile.")
+            header = json.loads(f.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, OmniloraError):
+            raise
+        raise FileRefused(f"{path.name} cannot be read: {str(error)[:200]}.", "It is no safetensors file.") from error
+    if not isinstance(header, dict):
+        raise FileRefused(f"{path.name}: the header is no object.")
+    spans = []
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (begin, end) = info["dtype"], info["shape"], info["data_offsets"]
+            count = 1
+            for n in shape:
+                if not isinstance(n, int) or n < 0:
+                    raise ValueError("shape")
+                count *= n
+            if end - begin != count * _DTYPES[dtype] or begin < 0 or end > size - 8 - length:
+                raise ValueError("offsets")
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileRefused(f"{path.name}: the entry {name[:80]!r} breaks the format ({error}).") from error
+        spans.append((begin, end))
+    if sum(e - b for b, e in spans) > quota:
+        raise FileRefused(f"{path.name} holds {sum(e - b for b, e in spans)} bytes.", f"The quota is {quota}.")
+    return header
+
+
+def read_tensors(path: Path, quota: int = QUOTA) -> dict[str, Tensor]:
+    """The tensors of a safetensors file after its header has been checked."""
+    read_header(path, quota)
+    try:
+        return dict(parse(path.read_bytes()))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileRefused(f"{path.name} cannot be read: {str(error)[:200]}.") from error
+
+
+def load_file(path: str | os.PathLike[str], quota: int = QUOTA) -> AdapterState:
+    """Read an adapter folder into a value; a bare PEFT folder loads as unproven."""
+    from omnilora.io import peft
+
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileRefused(f"{folder} is no folder.", "Give the folder that ol.save wrote, or a PEFT adapter's.")
+    pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+    if not (folder / MANIFEST).exists():
+        if (folder / "adapter_config.json").exists() and (folder / "adapter_model.safetensors").exists():
+            return peft.from_peft(read_json(folder / "adapter_config.json"),
+                                  read_tensors(folder / "adapter_model.safetensors", quota))  # fmt: skip
+        if pickles:
+            raise FileRefused(f"{folder.name} holds {pickles[0]}, a pickle.", "Pickles execute code; convert to safetensors.")
+        raise FileRefused(f"{folder} holds neither {MANIFEST} nor a PEFT adapter.")
+    data = read_json(folder / MANIFEST)
+    if data.get("format") != FORMAT:
+        raise FileRefused(f"{MANIFEST} has format {data.get('format')!r}.", f"This version reads format {FORMAT}.")
+    known = {"format", "library", "method", "hyper", "sites", "tensors", "content", "base", "probe", "extra"}
+    if set(data) != known:
+        raise UnknownName(f"{MANIFEST}: missing {sorted(known - set(data))}, unknown {sorted(set(data) - known)}.",
+                          "A newer version wrote it, or it is damaged.")  # fmt: skip
+    if data["tensors"] not in (NATIVE, "adapter_model.safetensors"):
+        raise FileRefused(f"{MANIFEST} names the tensor file {data['tensors']!r}.")
+    tensors = read_tensors(folder / data["tensors"], quota)
+    try:
+        state = _assemble(data, tensors)
+    except OmniloraError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileRefused(f"{MANIFEST} breaks the format: {type(error).__name__} {error}.") from error
+    if state.content() != data["content"]:
+        raise FileRefused("The tensors are not those that were saved (content hash differs).", "The file is damaged.")
+    return state
+
+
+def _assemble(data: Mapping[str, Any], tensors: dict[str, Tensor]) -> AdapterState:
+    from omnilora.io import peft
+
+    if data["tensors"] != NATIVE:
+        tensors = peft.to_native(data["sites"], tensors)
+    sites, shared = {}, {}
+    expected = set()
+    for site, config in data["sites"].items():
+        own = {}
+        for name in config["roles"]:
+            key = f"shared::{config['shared'][name]}" if name in config["shared"] else f"{site}::{name}"
+            if key not in tensors and config["how"]["kind"] != "TiedUse":
+                raise FileRefused(f"The tensor {key!r} is missing.", "The file is damaged.")
+            expected.add(key)
+            if name in config["shared"]:
+                shared[config["shared"][name]] = tensors[key]
+            elif key in tensors:
+                own[name] = tensors[key]
+        sites[site] = states.site_from_config(config, own)
+    extra = set(tensors) - expected
+    if extra:
+        raise FileRefused(f"Unexpected tensors: {sorted(extra)[:4]}.", "The file is damaged or newer.")
+    base = {n: Fingerprint(tuple(f["shape"]), f["digest"], tuple(f["sketch"]), f["norm"]) for n, f in data["base"].items()}
+    return AdapterState(data["method"], data["hyper"], sites, shared, base, data["extra"])
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, check_base: bool = True,
+         quota: int = QUOTA) -> dict[str, Any]:  # fmt: skip
+    """Put a saved adapter on ``model``, all or nothing, and activate it.
+
+    Returns: {"sites", "parameters", "base": verdict, "distance"}. Raises typed errors for damaged files, another
+    base, or tensors that do not fit.
+    """
+    return states.load_state(model, load_file(path, quota), name, check_base=check_base)

@@ -1,0 +1,167 @@
+"""A method is a named sum of pieces, and its card: equation, defaults, claims.
+
+An entry lives in ``omnilora/methods/<section>/<key>.py`` as a function ``key(...) -> Method`` beside ``CARD``;
+entries are found by scanning, so adding one touches no other file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omnilora.core.parameterization import Parameterization
+from omnilora.core.rule import Rule
+from omnilora.core.targets import Targets
+from omnilora.errors import BadValue, UnknownName, nearest
+
+TAGS = frozenset({
+    "zero_at_init",  # the adapted model equals the base at the start
+    "mergeable",     # one weight equals the adapted map
+    "low_rank",      # factors() gives (B, A)
+    "additive",      # W + ΔW
+    "scheduled",     # has rules that tick
+    "trains_lm",     # `omnilora train --method KEY` fine-tunes a language model
+    "rows",          # takes part in mixed batches
+    "routed",        # the map depends on the token
+    "shared",        # tensors are shared between sites
+    "quantized",     # chooses how the base is stored
+    "combines",      # works on adapter states
+})  # fmt: skip
+
+KINDS = frozenset({"parameterization", "initialization", "schedule", "optimizer", "store", "routing", "composition",
+                   "procedure", "recipe", "system"})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An executable check of what is special about a method, and a control that must fail it.
+
+    ``measure(broken)`` returns the figure with the method intact (False) or without its special part (True);
+    ``holds(figure)`` judges it. A claim stands if it holds intact and fails broken.
+    """
+
+    name: str
+    says: str
+    measure: Callable[[bool], float]
+    holds: Callable[[float], bool]
+    control: str  # what is broken
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a method is, in data. ``differs``: where official code contradicts the paper, and what we follow."""
+
+    key: str
+    title: str
+    section: str
+    kind: str
+    equation: str
+    purpose: str
+    arxiv: str = ""
+    venue: str = ""
+    tags: frozenset[str] = frozenset()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    cases: tuple[Mapping[str, Any], ...] = ({},)
+    not_with: Mapping[str, str] = field(default_factory=dict)
+    differs: tuple[str, ...] = ()
+    agreement: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = set(self.tags) - TAGS
+        if unknown or self.kind not in KINDS:
+            raise BadValue(f"Card {self.key!r}: unknown tags {sorted(unknown)} or kind {self.kind!r}.")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What ``ol.adapt`` puts on a model and ``ol.fit`` trains.
+
+    ``store`` names how the base should be held ("nf4" …) before adapting; ``sources`` make context from inputs.
+    """
+
+    key: str
+    parameterization: Parameterization | None
+    rules: tuple[Rule, ...] = ()
+    targets: Targets | None = None
+    hyper: Mapping[str, Any] = field(default_factory=dict)
+    store: Mapping[str, Any] | None = None
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Callable[..., Any] | None = None  # observes data and decides the plan, before any tensor is made
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method found by scanning."""
+
+    card: Card
+    make: Callable[..., Method]
+    claims: Callable[[], Sequence[Claim]]
+
+
+_entries: dict[str, Entry] = {}
+
+
+def entries() -> dict[str, Entry]:
+    """All methods by key."""
+    if not _entries:
+        import omnilora.methods as home
+
+        for found in pkgutil.walk_packages(home.__path__, "omnilora.methods."):
+            module = importlib.import_module(found.name)
+            for card in _cards_in(module):
+                add_entry(card, getattr(module, card.key), getattr(module, "claims", None))
+    return _entries
+
+
+def _cards_in(module: Any) -> list[Card]:
+    return [v for v in vars(module).values() if isinstance(v, Card) and hasattr(module, v.key)]
+
+
+def add_entry(card: Card, make: Callable[..., Method], claims: Callable[[], Sequence[Claim]] | None = None) -> None:
+    """Register a method of your own under its card's key."""
+    _entries[card.key] = Entry(card, make, claims or (lambda: ()))
+
+
+def entry(key: str) -> Entry:
+    known = entries()
+    if key not in known:
+        raise UnknownName(f"No method {key!r}.", nearest(key, known))
+    return known[key]
+
+
+def method(key: str, **hyper: Any) -> Method:
+    """A method by name: ``ol.method("dora", r=16)``. Unknown names and hyper-parameters raise with the nearest."""
+    make = entry(key).make
+    allowed = inspect.signature(make).parameters
+    for name in hyper:
+        if name not in allowed:
+            raise UnknownName(f"{key} has no hyper-parameter {name!r}.", nearest(name, allowed))
+    made = make(**hyper)
+    if made.parameterization is not None:
+        made.parameterization.check()
+    full = {n: hyper.get(n, p.default) for n, p in allowed.items()}
+    return Method(**{**{f: getattr(made, f) for f in made.__dataclass_fields__}, "key": key, "hyper": full})
+
+
+class Methods:
+    """``ol.methods.dora(r=16)``."""
+
+    def __getattr__(self, key: str) -> Callable[..., Method]:
+        if key.startswith("_"):
+            raise AttributeError(key)
+        entry(key)
+        return lambda **hyper: method(key, **hyper)
+
+    def __dir__(self) -> list[str]:
+        return sorted(entries())
+
+
+def cards() -> list[Card]:
+    """All cards, by section and key."""
+    return sorted((e.card for e in entries().values()), key=lambda c: (c.section, c.key))

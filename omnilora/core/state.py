@@ -1,0 +1,227 @@
+"""An adapter as a value: what is saved, sent, averaged, composed, served and exported."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omnilora.core.attach import TiedUse, activate, find_hub, hub_of, place, slots
+from omnilora.core.fingerprint import Fingerprint, compare, fingerprint
+from omnilora.core.layer import path_name
+from omnilora.core.method import Method
+from omnilora.core.op import Op
+from omnilora.core.parameterization import Leaf, Parameterization, Tensors, from_config, to_config
+from omnilora.core.site import Site, called_site, inner_reads, read_site
+from omnilora.errors import AttachError, BaseMismatch, StateMismatch, nearest
+
+
+@dataclass(frozen=True, eq=False)
+class SiteState:
+    """One site: its parameterization, scale, tensors by nested name, and which of them are shared."""
+
+    how: Parameterization
+    kind: str
+    scale: float
+    tensors: Mapping[str, Tensor]
+    roles: Mapping[str, str]
+    shared: Mapping[str, str] = field(default_factory=dict)  # nested name → key in AdapterState.shared
+    region: tuple[int, int] | None = None
+    marks: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensor(self, name: str, state: AdapterState) -> Tensor:
+        return state.shared[self.shared[name]] if name in self.shared else self.tensors[name]
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterState:
+    """A whole adapter. ``extra``: plain JSON data that belongs to it (label names, added tokens)."""
+
+    method: str
+    hyper: Mapping[str, Any]
+    sites: Mapping[str, SiteState]
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+    base: Mapping[str, Fingerprint] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def flat(self) -> dict[str, Tensor]:
+        """All tensors once, by a stable name."""
+        out = {f"{site}::{name}": t for site, s in self.sites.items() for name, t in s.tensors.items()}
+        return {**out, **{f"shared::{key}": t for key, t in self.shared.items()}}
+
+    def content(self) -> str:
+        """SHA-256 over names, shapes, dtypes, scales and bytes: the adapter's identity."""
+        h = hashlib.sha256()
+        for name, t in sorted(self.flat().items()):
+            h.update(f"{name}|{tuple(t.shape)}|{t.dtype}|".encode())
+            h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for name, s in sorted(self.sites.items()):
+            h.update(f"{name}|{s.scale!r}|{to_config(s.how)!r}".encode())
+        return h.hexdigest()
+
+    def numel(self) -> int:
+        return sum(t.numel() for t in self.flat().values())
+
+
+Combine = Callable[[Sequence[AdapterState], Sequence[float]], AdapterState]
+
+
+def state(model: nn.Module, adapter: str | None = None, *, with_base: bool = True) -> AdapterState:
+    """The adapter as a value; tensors are detached copies on the CPU."""
+    from omnilora.core.run import _the_adapter
+
+    name = _the_adapter(model, adapter)
+    hub = hub_of(model)
+    method: Method = hub.values["methods"][name]
+    sites: dict[str, SiteState] = {}
+    pool: dict[str, Tensor] = {}
+    for slot in slots(model, name):
+        tensors = {}
+        if not isinstance(slot.how, TiedUse):
+            for key, t in slot.tensors():
+                value = t.detach().cpu().clone()
+                if key in slot.shared:
+                    pool.setdefault(slot.shared[key], value)
+                else:
+                    tensors[key] = value
+        marks = {k: v for k, v in slot.marks.items() if k != "optional"}
+        sites[slot.site.name] = SiteState(slot.how, slot.site.kind, slot.scale, tensors, dict(slot.roles),
+                                          dict(slot.shared), slot.site.region, marks)  # fmt: skip
+    base = {}
+    if with_base:
+        for slot in slots(model, name):
+            site = slot.site
+            if site.param and site.store is not None:
+                base.setdefault(f"{site.name.partition('[')[0]}", fingerprint(site))
+    return AdapterState(method.key, dict(method.hyper), sites, pool, base, dict(hub.values.get("extra", {}).get(name, {})))
+
+
+def site_at(model: nn.Module, name: str, s: SiteState) -> Site:
+    """The site of ``model`` that a saved site names. Raises :class:`StateMismatch` where there is none."""
+    layers = dict(model.named_modules())
+    path = name.partition("[")[0] if s.region is not None else name
+    made: Site | None = None
+    if s.kind == "tensor":
+        owner, _, param = path.rpartition(".")
+        layer = layers.get(owner)
+        if layer is not None and param in layer._parameters and layer._parameters[param] is not None:
+            made = read_site(owner, layer, param)
+            parent = layers.get(owner.rpartition(".")[0])
+            for host in (layer, parent):
+                if host is not None and any(o is layer and p == param for _, o, p in inner_reads(host)):
+                    made.host = host
+    elif path in layers:
+        made = called_site(path, layers[path], block=s.kind == "block")
+        if made is not None and s.region is not None:
+            made.region, made.name, made.fan_out = s.region, name, s.region[1] - s.region[0]
+    if made is None or made.kind != s.kind:
+        raise StateMismatch(f"The model has no {s.kind} at {name!r}.", nearest(path, layers))
+    return made
+
+
+def load_state(model: nn.Module, state: AdapterState, name: str = "default", *, check_base: bool = True) -> dict[str, Any]:
+    """Put a saved adapter on a model, all or nothing, and activate it. Returns a report with named figures."""
+    hub = find_hub(model)
+    if hub is not None and name in hub.names:
+        raise AttachError(f"An adapter named {name!r} is already on the model.", "Choose another name or detach it.")
+    plan = [(site_at(model, n, s), s.how) for n, s in state.sites.items()]
+    _peers(plan)
+    made = [None if isinstance(s.how, TiedUse) else _leaves(site, s, state)
+            for (site, _), s in zip(plan, state.sites.values())]  # fmt: skip
+    report: dict[str, Any] = {"sites": len(plan), "parameters": state.numel(), "base": "unproven", "distance": None}
+    if state.base and check_base:
+        fresh = set(state.extra.get("fresh", ()))
+        known = {s.name.partition("[")[0]: s for s, _ in plan if s.param}
+        verdict = compare(state.base, {n: known[n] for n in state.base if n in known and n not in fresh})
+        report |= {"base": verdict.verdict, "distance": verdict.distance}
+        if verdict.verdict == "another model":
+            raise BaseMismatch(f"The adapter was made for another base: weights differ by {verdict.distance:.3g} relative "
+                               f"(worst at {verdict.worst}).", "Load it on its own base, or pass check_base=False.")  # fmt: skip
+    method = Method(state.method, None, hyper=dict(state.hyper))
+    from omnilora.core.method import entries, method as by_name
+
+    if state.method in entries():
+        method = by_name(state.method, **dict(state.hyper))
+    placed = place(model, plan, made, name, method, {n: s.scale for n, s in state.sites.items()})
+    for slot in slots(model, name):
+        slot.marks.update(state.sites[slot.site.name].marks)
+    if state.extra:
+        placed.values.setdefault("extra", {})[name] = dict(state.extra)
+    if method.rules:
+        placed.needs_run[name] = method.key
+    activate(model, name)
+    return report
+
+
+def _peers(plan: list[tuple[Site, Parameterization]]) -> None:
+    from omnilora.core.attach import _with_peers
+
+    _with_peers(plan)
+
+
+def _leaves(site: Site, s: SiteState, state: AdapterState) -> Tensors:
+    """The saved tensors of a site, checked against what its parameterization would make."""
+    with torch.device("meta"):
+        expected = dict(s.how.init(_on_meta(site)).flat()) if s.kind != "block" else {}
+    names = set(s.tensors) | set(s.shared)
+    rank_free = bool(s.marks.get("compacted"))
+    if expected and names != set(expected):
+        raise StateMismatch(f"{site.name}: missing {sorted(set(expected) - names)}, unexpected {sorted(names - set(expected))}.",
+                            "The file does not belong to this method.")  # fmt: skip
+    out = Tensors()
+    device = site.store.device if site.param else torch.device("cpu")
+    for name in s.roles:
+        t = s.tensor(name, state)
+        if expected and tuple(t.shape) != tuple(expected[name].value.shape) and not rank_free:
+            raise StateMismatch(f"{site.name}: {name} has shape {tuple(t.shape)}, the model needs "
+                                f"{tuple(expected[name].value.shape)}.", "Is this the right base model?")  # fmt: skip
+        if not torch.isfinite(t).all():
+            raise StateMismatch(f"{site.name}: {name} holds NaN or infinite numbers.", "The file is damaged.")
+        *path, last = name.split(".")
+        home: Tensors = out
+        for step in path:
+            home = home.setdefault(step, Tensors())  # type: ignore[assignment]
+        keep = torch.float64 if t.dtype == torch.float64 else torch.float32
+        home[last] = Leaf(t.to(device=device, dtype=keep).clone().contiguous(), s.roles[name], s.shared.get(name))
+    return out
+
+
+def _on_meta(site: Site) -> Site:
+    """The same site over a layer whose weight is on the meta device: ``init`` reads shapes, not numbers."""
+    shell = nn.Module()
+    store = site.store
+    shell._parameters[site.param] = nn.Parameter(torch.empty(store.shape(), device="meta"), requires_grad=False)
+    return replace(site, layer=shell)
+
+
+def delta(site: SiteState, state: AdapterState, W: Op | None = None) -> Op:
+    """ΔW of an additive site as a map, without a model."""
+    from omnilora.core.context import Context
+    from omnilora.core.parameterization import Slot
+
+    slot = Slot(site.how, None, site.scale, path_name("state"))  # type: ignore[arg-type]
+    leaves = Tensors()
+    for name, role in site.roles.items():
+        *path, last = name.split(".")
+        home: Tensors = leaves
+        for step in path:
+            home = home.setdefault(step, Tensors())  # type: ignore[assignment]
+        home[last] = Leaf(site.tensor(name, state), role, site.shared.get(name))
+    slot.fill(leaves, frozenset(site.roles), {})
+    slot.eval()
+    return site.how.delta(slot, Context()) if W is None else site.how.adapt(W, slot, Context())
+
+
+def config_of(s: SiteState) -> dict[str, Any]:
+    return {"how": to_config(s.how), "kind": s.kind, "scale": s.scale, "roles": dict(s.roles), "shared": dict(s.shared),
+            "region": list(s.region) if s.region else None, "marks": dict(s.marks)}  # fmt: skip
+
+
+def site_from_config(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SiteState:
+    region = tuple(data["region"]) if data.get("region") else None
+    return SiteState(from_config(data["how"]), data["kind"], float(data["scale"]), tensors, dict(data["roles"]),
+                     dict(data.get("shared", {})), region, dict(data.get("marks", {})))  # type: ignore[arg-type]  # fmt: skip

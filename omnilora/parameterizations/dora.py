@@ -1,0 +1,41 @@
+"""DoRA — Liu et al., ICML 2024, arXiv:2402.09353.   W' = m ⊙ V / ‖V‖_row,  V = W + ΔW,  m₀ = ‖W‖_row"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omnilora.core.context import Context
+from omnilora.core.op import Op, chain
+from omnilora.core.parameterization import Parameterization, Slot, Tensors, magnitude
+from omnilora.core.site import Site
+from omnilora.parameterizations.lora import LoRA
+
+
+@dataclass(frozen=True)
+class DoRA(Parameterization):
+    """A wrapper over any additive parameterization. The norm is constant in the backward pass unless told."""
+
+    inner: Parameterization = LoRA()
+    detach_norm: bool = True
+    reads_weight = True
+
+    def check(self) -> None:
+        self.inner.check()
+
+    def rank(self) -> int:
+        return self.inner.rank()
+
+    def first_scale(self, site: Site) -> float:
+        return self.inner.first_scale(site)
+
+    def frozen(self) -> frozenset[str]:
+        return frozenset(f"inner.{n}" for n in self.inner.frozen())
+
+    def init(self, site: Site, seen: Any = None) -> Tensors:
+        return Tensors(inner=self.inner.init(site, seen), m=magnitude(site.W.sq_norm().detach().sqrt()))
+
+    def adapt(self, W: Op, p: Slot, ctx: Context) -> Op:
+        V = self.inner.adapt(W, p.inner, ctx)
+        n = V.sq_norm().clamp_min(1e-24).sqrt()
+        return chain(p.m / (n.detach() if self.detach_norm else n), V.linear).shift(W.offset)

@@ -1,0 +1,83 @@
+"""LoRA — Hu et al., ICLR 2022, arXiv:2106.09685.   W' = W + (α/r) B A"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from omnilora.core.context import Context
+from omnilora.core.full import Dense
+from omnilora.core.op import Dropout, Op, chain
+from omnilora.core.parameterization import (
+    Parameterization,
+    Slot,
+    Tensors,
+    finite,
+    input_side,
+    kaiming,
+    normal,
+    output_side,
+    positive_rank,
+    zeros,
+)
+from omnilora.core.site import ConvGeometry, Site
+from omnilora.errors import BadValue, NotExpressible
+
+
+@dataclass(frozen=True)
+class LoRA(Parameterization):
+    """``scaling``: "alpha/r", "alpha/sqrt(r)" (rsLoRA) or "alpha". ``train``: which of "A", "B" learn.
+
+    ``conv_layout`` "loralib": A (r·k, in·k), B (out/groups·k, r·k), ΔW the storage of B A re-read as the kernel.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    scaling: str = "alpha/r"
+    train: str = "AB"
+    init_A: str = "kaiming"
+    conv_layout: str = "peft"
+
+    def check(self) -> None:
+        positive_rank(self.r)
+        finite(self.alpha, "alpha")
+        finite(self.dropout, "dropout", 0.0, 0.999)
+        for name, value, allowed in (
+            ("scaling", self.scaling, ("alpha/r", "alpha/sqrt(r)", "alpha")),
+            ("train", self.train, ("AB", "A", "B")),
+            ("init_A", self.init_A, ("kaiming", "gaussian")),
+            ("conv_layout", self.conv_layout, ("peft", "loralib")),
+        ):
+            if value not in allowed:
+                raise BadValue(f"{name} = {value!r}.", f"Give one of {', '.join(allowed)}.")
+
+    def rank(self) -> int:
+        return self.r
+
+    def first_scale(self, site: Site) -> float:
+        return self.alpha / {"alpha/r": self.r, "alpha/sqrt(r)": math.sqrt(self.r), "alpha": 1.0}[self.scaling]
+
+    def frozen(self) -> frozenset[str]:
+        return frozenset("AB") - frozenset(self.train)
+
+    def init(self, site: Site, seen: Any = None) -> Tensors:
+        r, k = self.r, 1
+        fan_in, fan_out = site.fan_in, site.fan_out
+        if self.conv_layout == "loralib" and site.kind == "conv":
+            geometry = site.geometry
+            assert isinstance(geometry, ConvGeometry)
+            k = geometry.kernel[0]
+            if len(geometry.kernel) != 2 or geometry.kernel != (k, k):
+                raise NotExpressible(f"{site.name}: loralib's layout needs a square 2-D kernel.", "Use 'peft'.")
+            fan_in, fan_out = fan_in // k, fan_out // geometry.groups
+        if site.kind == "embedding":
+            return Tensors(A=input_side(zeros(r, fan_in)), B=output_side(normal(1.0, fan_out, r)))
+        a = kaiming(*site.batch, r * k, fan_in) if self.init_A == "kaiming" else normal(1 / r, *site.batch, r * k, fan_in)
+        return Tensors(A=input_side(a), B=output_side(zeros(*site.batch, fan_out * k, r * k)))
+
+    def delta(self, p: Slot, ctx: Context) -> Op:
+        if self.conv_layout == "loralib" and p.site is not None and p.site.kind == "conv":
+            return p.scale * Dense((p.B @ p.A).reshape(p.site.fan_out, p.site.fan_in))
+        return p.scale * chain(p.B, p.A, Dropout(self.dropout, p.training))
