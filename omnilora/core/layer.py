@@ -373,9 +373,9 @@ def _run_sets_compiled(layer: Any, mine: Adapters, ctx: Context, rows: RowGroups
     return site.native(y)
 
 
-def merged_matrix(base: Base, pairs: list[tuple[Slot, Any]]) -> tuple[Tensor, Tensor | None]:
+def merged_matrix(base: Base, pairs: list[tuple[Slot, Any]], ctx: Context) -> tuple[Tensor, Tensor | None]:
     """The adapted matrix in fp32 or wider, and the adapted offset (None: unchanged)."""
-    op = build(base, pairs, Context())
+    op = build(base, pairs, ctx)
     m = op.matrix(base.site.geometry)
     offset = op.offset
     additive = all(is_additive(slot.how) for slot, _ in pairs)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from omnilora.core.attach import detach, hosts, hub_of
-from omnilora.core.context import Hub, RowSpec
+from omnilora.core.context import Context, Hub, RowSpec
 from omnilora.core.layer import adapted_tensors, merged_matrix
 from omnilora.core.site import Base, Site
 from omnilora.core.store import Dense
@@ -119,7 +119,7 @@ def merge(
         hub.active = active
         with torch.no_grad():
             before = probe(model) if probe is not None else None
-            todo = [(n, layer, _new_weights(layer, active)) for n, layer in hosts(model)]
+            todo = [(n, layer, _new_weights(layer, active, hub.current())) for n, layer in hosts(model)]
             for name, layer, new in todo:
                 for site, m, offset in new:
                     reports.append(_write(name, layer, site, m, offset, originals, done, requantize))
@@ -164,19 +164,17 @@ def _relative(before: Tensor, after: Tensor) -> tuple[float, float]:
     return float(rows.max()), float(rows.mean())
 
 
-def _new_weights(layer: Any, active: Any) -> list[tuple[Site, Tensor, Tensor | None]]:
+def _new_weights(layer: Any, active: Any, ctx: Context) -> list[tuple[Site, Tensor, Tensor | None]]:
     """(site, stored-layout tensor, offset or None) of every weight of a layer that changes; nothing is written."""
-    from omnilora.core.context import Context
-
     pairs = [(s, w) for name, w in active if name in layer.adapters.slots for s in layer.adapters.slots[name]]
     out: list[tuple[Site, Tensor, Tensor | None]] = []
     called = [p for p in pairs if p[0].site.called]
     if called:
         site = called[0][0].site
-        m, offset = merged_matrix(Base(site, layer), called)
+        m, offset = merged_matrix(Base(site, layer), called, ctx)
         out.append((site, site.layout.stored(m, site.store.shape()), offset))
     reads = [p for p in pairs if not p[0].site.called]
-    for key, value in adapted_tensors(reads, Context()).items():
+    for key, value in adapted_tensors(reads, ctx).items():
         site = next(s.site for s, _ in reads if s.site.key == key)
         out.append((site, value.detach(), None))
     return out

@@ -50,6 +50,10 @@ class Rule:
         """What the method adds to the training loss."""
         return 0.0
 
+    def rate(self, run: Run) -> float:
+        """A factor on every learning rate of the coming update (a re-warm-up after a restart)."""
+        return 1.0
+
     def before_step(self, run: Run) -> None:
         """Gradients are there, clipped; weights have not moved."""
 

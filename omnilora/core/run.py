@@ -31,6 +31,7 @@ class Run:
         self._drawn = False
         self._owed = False  # a training forward happened whose added loss has not been collected
         self._handles: list[Any] = []
+        self._rates: list[Any] = []
         self.seen: dict[str, Any] = {}
         hub_of(model).run = self
 
@@ -93,8 +94,17 @@ class Run:
         with torch.no_grad():
             for rule in self.rules:
                 rule.before_step(self)
+        factor = 1.0
+        for rule in self.rules:
+            factor *= rule.rate(self)
+        self._rates = [g["lr"] for g in optimizer.param_groups]
+        if factor != 1.0:
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * factor
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        for group, lr in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = lr
         self.step += 1
         self._drawn = False
         hub_of(self.model).epoch += 1

@@ -1,0 +1,105 @@
+"""Small worlds in which a method's special part shows: planted targets, tiny models, a loop that ticks the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omnilora.core.attach import adapt, slots
+from omnilora.core.method import Method
+from omnilora.core.run import Run, param_groups, start, wrapped_optimizer
+
+
+class Stack(nn.Module):
+    """Linear layers ``layers.0`` … with a nonlinearity between them; widths (n0, n1, …)."""
+
+    def __init__(self, *widths: int, act: Callable[[Tensor], Tensor] | None = None, bias: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in zip(widths, widths[1:]))
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if self.act is not None and i < len(self.layers) - 1:
+                x = self.act(x)
+        return x
+
+
+def planted(out: int, inn: int, rank: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    """A random (out, inn) matrix of the given rank with singular values between 1 and 2, times ``scale``."""
+    g = torch.Generator().manual_seed(seed)
+    u = torch.linalg.qr(torch.randn(out, rank, generator=g)).Q
+    v = torch.linalg.qr(torch.randn(inn, rank, generator=g)).Q
+    return scale * (u * torch.linspace(2, 1, rank)) @ v.mT
+
+
+def train(
+    model: nn.Module,
+    method: Method,
+    batch: Callable[[int], tuple[Tensor, Tensor]],
+    steps: int,
+    lr: float = 1e-2,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
+    name: str = "default",
+    ticks: bool = True,
+    watch: Callable[[Run], None] | None = None,
+    targets: tuple[str, ...] | None = None,
+) -> Run:
+    """Adapt ``model`` and train the adapter on ``batch(step)``. ``ticks`` False: the method's rules never run."""
+    adapt(model, method, targets, name=name)
+    if not ticks:
+        hub = model._omnilora
+        hub.values["methods"][name] = Method(method.key, method.parameterization, targets=method.targets)  # type: ignore[union-attr, index]
+        hub.needs_run.pop(name, None)  # type: ignore[union-attr, operator]
+    run = start(model, total_steps=steps, adapter=name)
+    opt = wrapped_optimizer(run, param_groups(model, lr, adapter=name), lambda groups: optimizer(groups, lr=lr))
+    run.bind(opt)
+    model.train()
+    for step in range(steps):
+        x, y = batch(step)
+        opt.zero_grad()
+        out = model(x)
+        value = loss(out, y) + run.loss(None, out)
+        value.backward()
+        opt.step()
+        if watch is not None:
+            watch(run)
+    run.finish()
+    model.eval()
+    return run
+
+
+def full_batch(x: Tensor, y: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
+    return lambda step: (x, y)
+
+
+def minibatches(x: Tensor, y: Tensor, size: int, noise: float = 0.0, seed: int = 0) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Random rows with fresh label noise, the same for every call with the same seed."""
+
+    def draw(step: int) -> tuple[Tensor, Tensor]:
+        g = torch.Generator().manual_seed(seed * 100_003 + step)
+        at = torch.randint(0, len(x), (size,), generator=g)
+        return x[at], y[at] + noise * torch.randn(size, *y.shape[1:], generator=g)
+
+    return draw
+
+
+def learned(model: nn.Module, site: str = "layers.0", adapter: str | None = None) -> Tensor:
+    """W' − W of a site as a matrix, fp32."""
+    from omnilora.core.context import Context
+    from omnilora.core.layer import build
+
+    chosen = [s for s in slots(model, adapter) if s.site.name == site]
+    base = chosen[0].site.W
+    with torch.no_grad():
+        return build(base, [(s, 1.0) for s in chosen], Context()).dense() - base.dense()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖."""
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))

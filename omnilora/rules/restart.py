@@ -1,0 +1,75 @@
+"""ReLoRA's restarts — Lialin et al., ICLR 2024, arXiv:2307.05695, algorithm 1.
+
+Every K updates: ΔW_total += s B A;  A ← Kaiming, B ← 0;  the optimizer's moments of A and B are pruned;  the
+learning rate ramps from 0 back to the schedule over ``warmup`` updates.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnilora.core.context import Context
+from omnilora.core.parameterization import kaiming
+from omnilora.core.rule import Rule
+from omnilora.core.run import Run
+from omnilora.errors import BadValue
+
+
+class Restart(Rule):
+    """Needs :class:`~omnilora.parameterizations.accumulated.Accumulated`.
+
+    ``reset``: "zero", "magnitude" (keep the entries above the ``prune`` quantile of |moment|) or "random" (drop the
+    share ``prune``), for both Adam moments of the adapter alone; step counters stay.
+    """
+
+    def __init__(self, every: int = 1000, warmup: int = 100, reset: str = "magnitude", prune: float = 0.9) -> None:
+        if every < 2 or warmup < 0 or reset not in ("zero", "magnitude", "random") or not 0 <= prune <= 1:
+            raise BadValue(f"every = {every!r}, warmup = {warmup!r}, reset = {reset!r}, prune = {prune!r}.",
+                           "every ≥ 2, warmup ≥ 0, reset one of zero, magnitude, random, 0 ≤ prune ≤ 1.")  # fmt: skip
+        self.every, self.warmup, self.reset, self.prune = every, warmup, reset, prune
+        self.restarts = 0
+        self.last = 0
+
+    def rate(self, run: Run) -> float:
+        if not self.restarts or self.warmup == 0:
+            return 1.0
+        return min(1.0, (run.step - self.last) / self.warmup)
+
+    def after_step(self, run: Run) -> None:
+        # one step after the multiple, as the official code, and never so late that nothing is learnt after it
+        if run.step <= self.every or run.step % self.every != 1 or run.total_steps - run.step < 1:
+            return
+        for slot in run.slots():
+            if "acc" not in slot.roles:
+                continue
+            slot.acc.add_(slot.how.inner.delta(slot.inner, Context()).dense())  # type: ignore[attr-defined]
+            for _, t in slot.by_role("output"):
+                t.zero_()
+                self._prune(run, t)
+            for _, t in slot.by_role("input"):
+                t.copy_(kaiming(*t.shape).to(t))
+                self._prune(run, t)
+        self.restarts, self.last = self.restarts + 1, run.step
+
+    def _prune(self, run: Run, t: Tensor) -> None:
+        assert run.optimizer is not None
+        for key, moment in run.optimizer.state.get(t, {}).items():
+            if key == "step" or not isinstance(moment, Tensor) or moment.shape != t.shape:
+                continue
+            if self.reset == "zero":
+                moment.zero_()
+            elif self.reset == "magnitude":
+                keep = moment.numel() - round(self.prune * moment.numel())
+                drop = torch.argsort(moment.flatten().abs(), stable=True)[: moment.numel() - keep]
+                moment.view(-1)[drop] = 0
+            else:
+                moment.mul_(torch.rand_like(moment) >= self.prune)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"restarts": self.restarts, "last": self.last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.restarts, self.last = int(state["restarts"]), int(state["last"])
