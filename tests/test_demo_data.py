@@ -141,7 +141,7 @@ def test_examples_repeat_with_the_seed(splits):
 def test_sizes_out_of_range_are_refused():
     with pytest.raises(BadValue):
         sql.examples(0, train_size=0)
-    with pytest.raises(BadValue, match="different questions"):
+    with pytest.raises(BadValue, match="1 to 5000"):
         sql.examples(0, train_size=1, test_size=100_000)
 
 

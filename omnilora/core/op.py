@@ -95,8 +95,8 @@ class Op(ABC):
         return _wide(self.matrix(geo)).square().sum(-1)
 
     def add_to(self, y: Tensor, x: Tensor, geo: Geometry) -> Tensor:
-        """y + self(x), fused where that is cheaper."""
-        return y + self.apply(x, geo)
+        """y + self(x) in y's dtype, fused where that is cheaper."""
+        return y + like(self.apply(x, geo), y)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.apply(x, self.geometry)
@@ -200,7 +200,7 @@ class Scaled(Op):
     def add_to(self, y: Tensor, x: Tensor, geo: Geometry) -> Tensor:
         if isinstance(self.op, Chain):
             return self.op.add_scaled(y, x, geo, self.s)
-        return y + self.apply(x, geo)
+        return y + like(self.apply(x, geo), y)
 
     def matrix(self, geo: Geometry) -> Tensor:
         return self.s * self.op.matrix(geo)
@@ -374,14 +374,14 @@ class Chain(Op):
         """y + s · self(x): the scale meets the narrow features, the last product adds in place of a second pass."""
         b = self.links[0]
         if not isinstance(b, Tensor) or b.dim() != 2 or len(self._matrices()) < 2:
-            return y + s * self.apply(x, geo)
+            return y + like(s * self.apply(x, geo), y)
         h = self._run(x, geo, 0)
         if not (isinstance(s, float) and s == 1.0):
             h = h * s
         if geo.plain and y.dtype == h.dtype and y.is_floating_point():
             flat = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), like(b, h).t())
             return flat.view(y.shape)
-        return y + geo.leave(h, b)
+        return y + like(geo.leave(h, b), y)
 
     def _matrices(self) -> list[Link]:
         return [k for k in self.links if isinstance(k, Op) or (isinstance(k, Tensor) and k.dim() > 1)]

@@ -171,6 +171,11 @@ class Parameterization(ABC):
     mergeable: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = False  # needs W itself (norms, rows), not only its product with x
 
+    @property
+    def exact_gradient(self) -> bool:
+        """False where the method stops a gradient on purpose (a norm held constant)."""
+        return True
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Parameterization.known[cls.__name__] = cls

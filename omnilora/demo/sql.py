@@ -36,6 +36,7 @@ PROMPT = "Write one SQLite query on orders(id, customer, city, product, quantity
 MAX_STEPS = 2_000_000
 MAX_ROWS = 1000
 MAX_BYTES = 10_000
+MAX_QUESTIONS = 5000
 
 Condition = tuple[str, "str | int"]
 Row = dict[str, str]
@@ -95,7 +96,7 @@ def examples(seed: int = 0, train_size: int = 600, test_size: int = 200) -> tupl
         test_size: number of test questions, each with a query of its own.
 
     Raises:
-        BadValue: a size below 1, or more different queries asked for than the generator finds.
+        BadValue: a size outside 1 to 5,000, or more different queries asked for than the generator finds.
     """
     draw, connection = random.Random(f"questions-{seed}"), database(seed)
     taken: set[tuple[str, frozenset[Condition]]] = set()
@@ -158,11 +159,11 @@ def _split(
     connection: sqlite3.Connection,
     strict: bool,
 ) -> list[Row]:
-    if size < 1:
-        raise BadValue(f"{size} questions asked for.", "Ask for at least one.")
+    if not 1 <= size <= MAX_QUESTIONS:
+        raise BadValue(f"{size} questions asked for.", f"Ask for 1 to {MAX_QUESTIONS}.")
     rows: list[Row] = []
     kinds = list(KINDS)
-    for _ in range(200 * size + 1000):
+    for _ in range(20 * size + 1000):
         if len(rows) == size:
             break
         kind = kinds[len(rows) % len(kinds)]

@@ -20,6 +20,10 @@ class DoRA(Parameterization):
     detach_norm: bool = True
     reads_weight = True
 
+    @property
+    def exact_gradient(self) -> bool:
+        return not self.detach_norm and self.inner.exact_gradient
+
     def check(self) -> None:
         self.inner.check()
 
