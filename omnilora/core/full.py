@@ -63,7 +63,7 @@ class Dense(Op):
         self.m = m
 
     def apply(self, x: Tensor, geo: Geometry) -> Tensor:
-        return geo.full(x, self.m)
+        return geo.full(x, geo.visible(self.m))
 
     def matrix(self, geo: Geometry) -> Tensor:
         return geo.visible(self.m)

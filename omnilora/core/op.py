@@ -138,7 +138,7 @@ class Matrix(Op):
         return y if self.c is None else y + like(self.c, y)
 
     def matrix(self, geo: Geometry) -> Tensor:
-        return geo.visible(self.m)
+        return self.m
 
     @property
     def offset(self) -> Tensor | None:
@@ -355,7 +355,7 @@ class Chain(Op):
             elif link.dim() == 1:
                 h = h * like(link, h)
             elif i == first == last:
-                h, entered = geo.full(h, link), True
+                h, entered = geo.full(h, geo.visible(link)), True
             elif i == last:
                 h, entered = geo.enter(h, link), True
             elif i == first:

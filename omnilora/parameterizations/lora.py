@@ -72,7 +72,7 @@ class LoRA(Parameterization):
             if len(geometry.kernel) != 2 or geometry.kernel != (k, k):
                 raise NotExpressible(f"{site.name}: loralib's layout needs a square 2-D kernel.", "Use 'peft'.")
             fan_in, fan_out = fan_in // k, fan_out // geometry.groups
-        if site.kind == "embedding":
+        if site.kind == "embedding" and "A" in self.train:
             return Tensors(A=input_side(zeros(r, fan_in)), B=output_side(normal(1.0, fan_out, r)))
         a = kaiming(*site.batch, r * k, fan_in) if self.init_A == "kaiming" else normal(1 / r, *site.batch, r * k, fan_in)
         return Tensors(A=input_side(a), B=output_side(zeros(*site.batch, fan_out * k, r * k)))
