@@ -17,7 +17,7 @@ from omnilora.core.context import EMPTY, ActiveSet, CheckpointContext, Context, 
 from omnilora.core.layer import Adapted, Adapters, attach_layer, detach_layer
 from omnilora.core.method import Method
 from omnilora.core.parameterization import Parameterization, Slot, Tensors, where_field
-from omnilora.core.site import Site, called_site, is_linear
+from omnilora.core.site import Site, called_site, is_linear, source_site
 from omnilora.core.targets import Targets, check_overrides, find_sites, matches, override_for, own_sites, targets_from
 from omnilora.errors import AttachError, BadValue, RunError, TargetError, UnknownName, nearest
 from omnilora.core.full import Full
@@ -76,6 +76,8 @@ def plan(model: nn.Module, method: Method, targets: Targets) -> Plan:
     out += [(s, Full()) for s, _ in extra if s.name not in taken]
     taken |= {s.name for s, _ in extra}
     out += [(s, Full()) for s, _ in (own_sites(model, biased) if biased else []) if s.name not in taken]
+    if method.source is not None:
+        out.append((source_site(model), method.source))
     if not out:
         raise TargetError(f"Method {method.key!r} has nothing to adapt.", "Give targets or unfreeze patterns.")
     for _, made in out:
@@ -198,6 +200,9 @@ def adapt(
     """
     if not isinstance(method, Method):
         raise BadValue(f"method = {method!r} is a {type(method).__name__}.", "Pass ol.method(key, …).")
+    if method.prepare is not None:
+        raise RunError(f"Method {method.key!r} decides its sites from data.",
+                       "Pass it through ol.prepare(model, method, batches, loss) first; ol.fit and the command line do.")  # fmt: skip
     wanted = targets_from(targets if targets is not None else method.targets, **options)
     old = find_hub(model)
     if old is not None and name in old.names:
@@ -208,6 +213,9 @@ def adapt(
     tensors = [None if isinstance(how, TiedUse) else _fresh(site, how) for site, how in sites]
     hub = place(model, sites, tensors, name, method)
     _optional(hub, model, wanted)
+    if method.fill is not None:
+        for slot in slots(model, name):
+            method.fill(slot)
     if method.rules:
         hub.needs_run[name] = method.key
     activate(model, name)
@@ -313,6 +321,19 @@ def _entry(model: nn.Module, args: Any, kwargs: Any) -> None:
                                "ol.disabled or model.eval() for a plain forward.")  # fmt: skip
     if hub.run is not None:
         hub.run.on_forward(model)
+    _sources(model, hub, active, args, kwargs)
+
+
+def _sources(model: nn.Module, hub: Hub, used: set[str], args: Any, kwargs: Any) -> None:
+    """Sources of the adapters in use make context from the model's inputs."""
+    if not isinstance(model, Adapted) or hub.merged or hub.local.context.recomputed:
+        return
+    for name, group in model.adapters.slots.items():
+        for slot in group:
+            if name in used and slot.site.kind == "source":
+                now = hub.local.context
+                side = slot.how.make(model, slot, args, kwargs)  # type: ignore[attr-defined]
+                hub.local.context = dataclasses.replace(now, side={**now.side, **side})
 
 
 def _used(hub: Hub, ctx: Context) -> set[str]:
@@ -347,7 +368,7 @@ def check(model: nn.Module) -> None:
         for group in layer.adapters.slots.values():
             for slot in group:
                 site = slot.site
-                if site.kind == "block":
+                if site.kind in ("block", "source"):
                     continue
                 for _, t in slot.tensors():
                     if t.is_meta and not site.store.parameter.is_meta:

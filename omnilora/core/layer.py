@@ -170,7 +170,7 @@ def _in_backward(hub: Hub, ctx: Context) -> Context:
 def _run_set(layer: Any, mine: Adapters, active: ActiveSet, ctx: Context, forward: Callable[..., Any],
              args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # fmt: skip
     slots = mine.slots
-    pairs = [(slot, w) for name, w in active if name in slots for slot in slots[name]]
+    pairs = [(slot, w) for name, w in active if name in slots for slot in slots[name] if slot.site.kind != "source"]
     if not pairs:
         return forward(*args, **kwargs)
     reads = [(s, w) for s, w in pairs if not s.site.called]
@@ -255,7 +255,7 @@ def _run_rows(layer: Any, mine: Adapters, ctx: Context, rows: RowGroups, forward
               args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # fmt: skip
     """Each group of rows runs its own tree on its part of x; the base runs once for all."""
     used = {name for group, _ in rows.groups for name, _ in group}
-    slots = [s for name in mine.slots if name in used for s in mine.slots[name]]
+    slots = [s for name in mine.slots if name in used for s in mine.slots[name] if s.site.kind != "source"]
     if not slots:
         return forward(*args, **kwargs)
     if len(rows.groups) == 1:
@@ -338,9 +338,11 @@ def _run_compiled(layer: Any, mine: Adapters, ctx: Context, forward: Callable[..
             w = torch.full((), dict(ctx.active).get(name, 0.0))
         else:
             w = hub.weights[at]
-        pairs += [(slot, w) for slot in slots]
+        pairs += [(slot, w) for slot in slots if slot.site.kind != "source"]
     called = [p for p in pairs if p[0].site.called]
     reads = [p for p in pairs if not p[0].site.called]
+    if not pairs:
+        return forward(*args, **kwargs)
     if not reads:
         return _run_called(called, ctx, layer, forward, args, kwargs)
     if rows is not None:

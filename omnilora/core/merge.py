@@ -166,7 +166,8 @@ def _relative(before: Tensor, after: Tensor) -> tuple[float, float]:
 
 def _new_weights(layer: Any, active: Any, ctx: Context) -> list[tuple[Site, Tensor, Tensor | None]]:
     """(site, stored-layout tensor, offset or None) of every weight of a layer that changes; nothing is written."""
-    pairs = [(s, w) for name, w in active if name in layer.adapters.slots for s in layer.adapters.slots[name]]
+    pairs = [(s, w) for name, w in active if name in layer.adapters.slots for s in layer.adapters.slots[name]
+             if s.site.kind != "source"]  # fmt: skip
     out: list[tuple[Site, Tensor, Tensor | None]] = []
     called = [p for p in pairs if p[0].site.called]
     if called:

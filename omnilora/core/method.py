@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from omnilora.core.parameterization import Parameterization
+from torch import Tensor, nn
+
+from omnilora.core.parameterization import Parameterization, Slot
 from omnilora.core.rule import Rule
 from omnilora.core.targets import Targets
 from omnilora.errors import BadValue, UnknownName, nearest
@@ -82,7 +84,9 @@ class Card:
 class Method:
     """What ``ol.adapt`` puts on a model and ``ol.fit`` trains.
 
-    ``store`` names how the base should be held ("nf4" …) before adapting; ``sources`` make context from inputs.
+    ``store``: how the base should be held before adapting ({"quant_type": "nf4"}); ``source`` makes context from the
+    model's inputs; ``fill`` sets a fresh slot's tensors from data; ``prepare`` observes data and decides the method
+    and targets before any tensor is made (``ol.prepare``).
     """
 
     key: str
@@ -92,7 +96,9 @@ class Method:
     hyper: Mapping[str, Any] = field(default_factory=dict)
     store: Mapping[str, Any] | None = None
     optimizer: Mapping[str, Any] = field(default_factory=dict)
-    prepare: Callable[..., Any] | None = None  # observes data and decides the plan, before any tensor is made
+    source: Parameterization | None = None
+    fill: Callable[[Slot], None] | None = None
+    prepare: Callable[..., tuple[Method, Targets | None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,18 @@ def method(key: str, **hyper: Any) -> Method:
         made.parameterization.check()
     full = {n: hyper.get(n, p.default) for n, p in allowed.items()}
     return Method(**{**{f: getattr(made, f) for f in made.__dataclass_fields__}, "key": key, "hyper": full})
+
+
+def prepare(model: nn.Module, made: Method, batches: Sequence[Any], loss: Callable[[nn.Module, Any], Tensor],
+            targets: Targets | None = None) -> tuple[Method, Targets | None]:  # fmt: skip
+    """Let a method look at data and decide ranks, sharing or sites before any of its tensors is made.
+
+    Args:
+        batches: what the method may look at; ``loss(model, batch)`` is differentiable.
+
+    Returns: the method and targets to pass to ``ol.adapt``; methods that need no data come back as they are.
+    """
+    return (made, targets) if made.prepare is None else made.prepare(model, made, batches, loss, targets)
 
 
 class Methods:

@@ -335,6 +335,11 @@ def called_site(name: str, layer: nn.Module, block: bool = False) -> Site | None
     return None
 
 
+def source_site(model: nn.Module) -> Site:
+    """The root, where a source of context has its tensors."""
+    return Site("", model, "", "source", "source", 1, 1, PLAIN)
+
+
 def _width(layer: nn.Module) -> int:
     for child in layer.modules():
         if "norm" in type(child).__name__.lower():

@@ -16,7 +16,7 @@ from omnilora.core.layer import path_name
 from omnilora.core.method import Method
 from omnilora.core.op import Op
 from omnilora.core.parameterization import Leaf, Parameterization, Tensors, from_config, to_config
-from omnilora.core.site import Site, called_site, inner_reads, read_site
+from omnilora.core.site import Site, called_site, inner_reads, read_site, source_site
 from omnilora.errors import AttachError, BaseMismatch, StateMismatch, nearest
 
 
@@ -105,7 +105,9 @@ def site_at(model: nn.Module, name: str, s: SiteState) -> Site:
     layers = dict(model.named_modules())
     path = name.partition("[")[0] if s.region is not None else name
     made: Site | None = None
-    if s.kind == "tensor":
+    if s.kind == "source":
+        made = source_site(model)
+    elif s.kind == "tensor":
         owner, _, param = path.rpartition(".")
         layer = layers.get(owner)
         if layer is not None and param in layer._parameters and layer._parameters[param] is not None:
@@ -166,7 +168,7 @@ def _peers(plan: list[tuple[Site, Parameterization]]) -> None:
 def _leaves(site: Site, s: SiteState, state: AdapterState) -> Tensors:
     """The saved tensors of a site, checked against what its parameterization would make."""
     with torch.device("meta"):
-        expected = dict(s.how.init(_on_meta(site)).flat()) if s.kind != "block" else {}
+        expected = dict(s.how.init(_on_meta(site)).flat()) if s.kind not in ("block", "source") else {}
     names = set(s.tensors) | set(s.shared)
     rank_free = bool(s.marks.get("compacted"))
     if expected and names != set(expected):

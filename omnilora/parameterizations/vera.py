@@ -83,12 +83,16 @@ class VeRA(Parameterization):
 
 @dataclass(frozen=True)
 class TiedLoRA(Parameterization):
-    """``train``: which of A, B (tied over sites of one shape), u (r,), v (out,) (private) learn; frozen vectors are 1."""
+    """``train``: which of A, B (tied), u (r,), v (out,) (private) learn; frozen vectors are 1.
+
+    ``group``: sites of one "shape" share A and B, or of one "type" (the last component of their names).
+    """
 
     r: int = 8
     alpha: float = 8.0
     dropout: float = 0.0
     train: str = "ABuv"
+    group: str = "shape"
 
     def check(self) -> None:
         positive_rank(self.r)
@@ -96,6 +100,8 @@ class TiedLoRA(Parameterization):
         finite(self.dropout, "dropout", 0.0, 0.999)
         if not self.train or set(self.train) - set("ABuv"):
             raise BadValue(f"train = {self.train!r}.", "Name some of the letters A, B, u, v.")
+        if self.group not in ("shape", "type"):
+            raise BadValue(f"group = {self.group!r}.", "Give 'shape' or 'type'.")
         if not set(self.train) & set("Bv"):
             raise BadValue(f"train = {self.train!r}: nothing that starts at zero learns.", "Train B or v.")
 
@@ -110,6 +116,8 @@ class TiedLoRA(Parameterization):
 
     def init(self, site: Site, seen: Any = None) -> Tensors:
         group = f"{site.fan_out}x{site.fan_in}"
+        if self.group == "type":
+            group = f"{site.name.split('.')[-1]}/{group}"
         tied_b = zeros(site.fan_out, self.r) if "B" in self.train else kaiming(site.fan_out, self.r)
         v = torch.ones(site.fan_out) if "B" in self.train else zeros(site.fan_out)
         return Tensors(
