@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from types import ModuleType
 
 
 class OmniloraError(Exception):
@@ -115,7 +116,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return f"Nearest: {', '.join(close)}." if close else "None exist."
 
 
-def need(module: str, extra: str):
+def need(module: str, extra: str) -> ModuleType:
     """Import ``module`` or raise :class:`NeedsExtra` naming ``pip install omnilora[extra]``."""
     import importlib
 

@@ -93,7 +93,7 @@ def _changed(how: Parameterization, changes: Mapping[str, Any], pattern: str) ->
         return Full()
     if changes.get("skip"):
         return None
-    made = changes.get("method", how)
+    made: Any = changes.get("method", how)
     made = made.parameterization if isinstance(made, Method) else made
     for key, value in changes.items():
         if key == "method":

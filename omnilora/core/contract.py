@@ -72,9 +72,10 @@ class World(nn.Module):
         if self.kind == "embedding":
             return torch.randint(0, 11, (rows, 5))
         if self.kind == "conv":
-            return torch.randn(rows, 4, 7, 6, dtype=self.layer.weight.dtype)
+            return torch.randn(rows, 4, 7, 6, dtype=next(self.layer.parameters()).dtype)
         width = {"nf4": 64}.get(self.kind, 5)
-        dtype = self.layer.bias.dtype if self.kind == "nf4" else self.layer.weight.dtype
+        layer: Any = self.layer
+        dtype = layer.bias.dtype if self.kind == "nf4" else layer.weight.dtype
         return torch.randn(rows, 3, width, dtype=dtype)
 
     @property

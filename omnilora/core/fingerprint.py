@@ -60,7 +60,7 @@ def _sketch(w: Tensor) -> tuple[tuple[float, ...], float]:
 def digest(t: Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
     raw = t.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(raw.numpy()).hexdigest()
+    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
 
 
 def fingerprint(site: Site) -> Fingerprint:

@@ -100,7 +100,7 @@ def adapted_class(cls: type) -> type:
 
 
 def _blank(base: type) -> Any:
-    cls = adapted_class(base)
+    cls: Any = adapted_class(base)
     return cls.__new__(cls)
 
 
@@ -238,7 +238,8 @@ def replaced_tensors(layer: nn.Module, tensors: dict[str, Tensor]) -> Iterator[N
             table: dict[str, Any] = owner._parameters  # type: ignore[union-attr]
             before.append((table, param, table[param]))
             if flat is not None:
-                layer._flat_weights[layer._flat_weights_names.index(param)] = value  # type: ignore[union-attr, operator, index]
+                rnn: Any = layer
+                rnn._flat_weights[rnn._flat_weights_names.index(param)] = value
             table[param] = value
         yield
     finally:

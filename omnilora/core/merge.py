@@ -113,7 +113,9 @@ def merge(
     active = hub.active if adapters is None else hub.resolve(adapters)
     training = [(m, m.training) for m in model.modules()]
     model.eval()
-    originals, done, reports = Originals(keep), [], []
+    originals = Originals(keep)
+    done: list[Any] = []
+    reports: list[LayerReport] = []
     try:
         before_active = hub.active
         hub.active = active

@@ -117,6 +117,10 @@ class Slot(nn.Module):
     site: Site
     scale: float
 
+    if TYPE_CHECKING:  # tensors and inner slots by name
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def __init__(self, how: Parameterization, site: Site, scale: float, adapter: str) -> None:
         super().__init__()
         self.how, self.site, self.scale, self.adapter = how, site, scale, adapter

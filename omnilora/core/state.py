@@ -91,7 +91,7 @@ def state(model: nn.Module, adapter: str | None = None, *, with_base: bool = Tru
         marks = {k: v for k, v in slot.marks.items() if k != "optional"}
         sites[slot.site.name] = SiteState(slot.how, slot.site.kind, slot.scale, tensors, dict(slot.roles),
                                           dict(slot.shared), slot.site.region, marks)  # fmt: skip
-    base = {}
+    base: dict[str, Fingerprint] = {}
     if with_base:
         for slot in slots(model, name):
             site = slot.site

@@ -49,7 +49,7 @@ def targets_from(value: Targets | str | Sequence[str] | None, **changes: Any) ->
         made = value
     else:
         made = Targets(include=(value,) if isinstance(value, str) else tuple(value))
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items() if v is not None}
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items() if v is not None}
     made = replace(made, **given)
     if made.bias not in ("none", "all", "lora_only"):
         raise BadValue(f"bias = {made.bias!r}.", "Give 'none', 'all' or 'lora_only'.")

@@ -53,9 +53,9 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     Raises:
         NeedsExtra: a package of the ``demo`` extra is missing.
     """
+    folder, file = smollm2()
     transformers = need("transformers", "demo")
     need("gguf", "demo")
-    folder, file = smollm2()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=file,
@@ -73,8 +73,8 @@ def load_minilm() -> tuple[Any, Any]:
     Raises:
         NeedsExtra: a package of the ``demo`` extra is missing.
     """
-    transformers = need("transformers", "demo")
     folder = minilm()
+    transformers = need("transformers", "demo")
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
