@@ -102,4 +102,4 @@ def learned(model: nn.Module, site: str = "layers.0", adapter: str | None = None
 
 def relative(a: Tensor, b: Tensor) -> float:
     """‖a − b‖ / ‖b‖."""
-    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+    return float(((a - b).norm() / b.norm().clamp_min(1e-30)).detach())

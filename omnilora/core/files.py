@@ -125,13 +125,15 @@ def _probe(state: AdapterState) -> dict[str, list[float]]:
         b, a = ba[0].double(), ba[1].double()
         x = torch.randn(a.shape[-1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         out[name] = [float(f"{float(v):.9g}") for v in
-                     ((((b.mT @ b) * (a @ a.mT)).sum()).clamp_min(0).sqrt(), (b @ (a @ x)).norm())]  # fmt: skip
+                     ((((b.mT @ b) * (a @ a.mT)).sum()).clamp_min(0).sqrt(), (b @ (a @ x).unsqueeze(-1)).norm())]  # fmt: skip
     return out
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = None) -> Path:
     """Save one adapter of ``model`` into a folder, atomically. Base weights are never written."""
-    return save_state(states.state(model, adapter), path)
+    from omnilora.io import peft
+
+    return save_state(peft.noted(model, states.state(model, adapter)), path)
 
 
 def save_state(state: AdapterState, path: str | os.PathLike[str]) -> Path:
@@ -298,4 +300,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     Returns: {"sites", "parameters", "base": verdict, "distance"}. Raises typed errors for damaged files, another
     base, or tensors that do not fit.
     """
-    return states.load_state(model, load_file(path, quota), name, check_base=check_base)
+    from omnilora.io import peft
+
+    read = load_file(path, quota)
+    peft.check_facts(model, read)
+    return states.load_state(model, read, name, check_base=check_base)

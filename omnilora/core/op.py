@@ -375,6 +375,8 @@ class Chain(Op):
         b = self.links[0]
         if not isinstance(b, Tensor) or b.dim() != 2 or len(self._matrices()) < 2:
             return y + like(s * self.apply(x, geo), y)
+        if b.shape[-1] == 0:
+            return y
         h = self._run(x, geo, 0)
         if not (isinstance(s, float) and s == 1.0):
             h = h * s

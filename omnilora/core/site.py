@@ -77,14 +77,17 @@ class EmbeddingGeometry(Geometry):
     """x: ids. The weight (num, dim) is Wᵀ: fan_in = num, fan_out = dim. The padding row never moves."""
 
     padding: int | None
+    scale: float = 1.0  # some families multiply what they look up
 
     plain = False
 
     def full(self, x: Tensor, m: Tensor) -> Tensor:
-        return F.embedding(x, m.mT)
+        y = F.embedding(x, m.mT)
+        return y if self.scale == 1.0 else y * self.scale
 
     def enter(self, x: Tensor, a: Tensor) -> Tensor:
         h = F.embedding(x, a.mT)
+        h = h if self.scale == 1.0 else h * self.scale
         return h if self.padding is None else h * (x != self.padding).unsqueeze(-1)
 
     def visible(self, a: Tensor) -> Tensor:
@@ -331,8 +334,14 @@ def called_site(name: str, layer: nn.Module, block: bool = False) -> Site | None
         return Site(name, layer, "weight", "conv", role, shape[0], n_in, FLAT, _conv_geometry(layer))
     if isinstance(layer, nn.Embedding):
         num, dim = store_of(layer).shape()
-        return Site(name, layer, "weight", "embedding", role, dim, num, TURNED, EmbeddingGeometry(layer.padding_idx))
+        return Site(name, layer, "weight", "embedding", role, dim, num, TURNED, EmbeddingGeometry(layer.padding_idx, _lookup_scale(layer)))
     return None
+
+
+def _lookup_scale(layer: nn.Module) -> float:
+    """The constant by which a subclass of nn.Embedding multiplies what it looks up (``embed_scale``)."""
+    value = layer._buffers.get("embed_scale", vars(layer).get("embed_scale"))
+    return 1.0 if value is None or (isinstance(value, Tensor) and value.is_meta) else float(value)
 
 
 def source_site(model: nn.Module) -> Site:

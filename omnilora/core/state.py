@@ -111,7 +111,7 @@ def site_at(model: nn.Module, name: str, s: SiteState) -> Site:
         owner, _, param = path.rpartition(".")
         layer = layers.get(owner)
         if layer is not None and param in layer._parameters and layer._parameters[param] is not None:
-            made = read_site(owner, layer, param)
+            made = read_site(owner, layer, param, bool(vars(layer).get("is_transposed", False)))
             parent = layers.get(owner.rpartition(".")[0])
             for host in (layer, parent):
                 if host is not None and any(o is layer and p == param for _, o, p in inner_reads(host)):

@@ -1,0 +1,44 @@
+"""What the fields of PEFT's adapter_config.json mean for the map of a saved adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from omnilora.errors import NotExpressible, UnknownName, nearest
+
+# "read": used by the reader; "hint": training or matching, no part of a saved map;
+# "note": about the file; "refused": another map unless neutral. A field that is not listed must be neutral.
+FIELDS: dict[str, str] = {
+    **dict.fromkeys(("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern",
+                     "alpha_pattern", "lora_bias", "bias", "modules_to_save", "target_parameters", "target_modules",
+                     "trainable_token_indices", "init_lora_weights", "init_r", "projection_prng_key",
+                     "save_projection", "vera_dropout", "d_initial"), "read"),
+    **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "init_weights",
+                     "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
+                     "lora_ga_config", "qalora_group_size", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2",
+                     "orth_reg_weight", "total_step"), "hint"),
+    **dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "peft_version", "auto_mapping",
+                     "inference_mode", "runtime_config"), "note"),
+    **dict.fromkeys(("use_qalora", "alora_invocation_tokens", "layer_replication", "velora_config",
+                     "monteclora_config", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
+                    "refused"),
+}  # fmt: skip
+KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+def check_fields(config: Mapping[str, Any]) -> None:
+    """Raises UnknownName or NotExpressible for a field that may change the map in a way that is not read."""
+    for key, value in config.items():
+        use = FIELDS.get(key)
+        neutral = value is None or value is False or value == {} or value == []
+        if use in ("read", "hint", "note") or neutral:
+            continue
+        if use is None:
+            raise UnknownName(f"adapter_config.json has the unknown field {key!r} = {str(value)[:60]!r}, which may "
+                              "change the map.",
+                              f"{nearest(key, FIELDS)} Remove it from the file if it does not.")  # fmt: skip
+        raise NotExpressible(f"adapter_config.json sets {key!r}: that map cannot be read.")
+    start = config.get("init_lora_weights", True)
+    if start not in KEEPS_BASE:
+        raise NotExpressible(f"init_lora_weights = {start!r} changed the base weights that this adapter sits on.",
+                             "Save it with path_initial_model_for_weight_conversion first.")  # fmt: skip

@@ -1,0 +1,290 @@
+"""A bare PEFT folder as an adapter state: no model is asked, so kinds follow from names and shapes of tensors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omnilora.core.fingerprint import Fingerprint, fingerprint
+from omnilora.core.full import Full
+from omnilora.core.parameterization import Parameterization
+from omnilora.core.site import read_site
+from omnilora.core.state import AdapterState, SiteState
+from omnilora.errors import BadValue, FileRefused, NotExpressible, OmniloraError
+from omnilora.io.peft_facts import STORED
+from omnilora.io.peft_fields import check_fields
+from omnilora.io.peft_names import PREFIX, SHARED, TOKENS, entries, nested, renamed
+from omnilora.parameterizations.dora import DoRA
+from omnilora.parameterizations.lora import LoRA
+from omnilora.parameterizations.svd import SVD
+from omnilora.parameterizations.vera import VeRA, projections
+
+_SUFFIXES = {
+    "LORA": ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B",
+             "lora_magnitude_vector"),
+    "ADALORA": ("lora_A", "lora_B", "lora_E"),
+    "VERA": ("vera_lambda_b", "vera_lambda_d"),
+}  # fmt: skip
+_EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT writes their base weights when they are targeted or resized
+
+
+def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fan_in: int | None = None) -> AdapterState:
+    """An adapter state from PEFT's config and tensors.
+
+    Args:
+        fan_in: the largest input width among the adapted layers; needed for VeRA saved without its projections.
+
+    Raises: UnknownName for fields that are not known, NotExpressible for maps that are not covered, FileRefused for
+    missing or unexpected tensors.
+    """
+    try:
+        return _state(config, tensors, fan_in)
+    except OmniloraError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise FileRefused(f"adapter_config.json breaks the format: {type(error).__name__} {error}.") from error
+
+
+def _state(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fan_in: int | None) -> AdapterState:
+    check_fields(config)
+    family = str(config.get("peft_type"))
+    if family not in _SUFFIXES:
+        raise NotExpressible(f"peft_type {family!r} cannot be read.", f"Readable: {', '.join(_SUFFIXES)}.")
+    found = _sort(family, config, tensors)
+    if family == "VERA" and SHARED["A"] not in found.rest:
+        found.rest |= _drawn(config, found, fan_in)
+    sites = {"LORA": _lora, "ADALORA": _adalora, "VERA": _vera}[family](config, found)
+    sites |= _own(found)
+    native = renamed(entries(sites), found.rest)
+    sites = {n: replace(s, tensors={k: native[f"{n}::{k}"] for k in s.roles if k not in s.shared})
+             for n, s in sites.items()}  # fmt: skip
+    shared = {k.removeprefix("shared::"): t for k, t in native.items() if k.startswith("shared::")}
+    for site, shift in found.shifts.items():
+        sites[site] = _shifted(sites.get(site), shift * sites[site.rpartition(".")[0]].scale)
+    key = {"ADALORA": "adalora", "VERA": "vera"}.get(family, "dora" if config.get("use_dora") else "lora")
+    return AdapterState(key, {}, sites, shared, found.base)
+
+
+class _Found:
+    """A file sorted out: module path → depth of wrapping → leaves; own tensors by path; the rest by PEFT's names."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, dict[int, dict[str, Tensor]]] = {}
+        self.own: dict[str, Tensor] = {}
+        self.tokens: dict[str, tuple[int, ...]] = {}
+        self.shifts: dict[str, Tensor] = {}
+        self.base: dict[str, Fingerprint] = {}
+        self.rest: dict[str, Tensor] = {}
+
+
+def _sort(family: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> _Found:
+    leaves = "|".join(map(re.escape, _SUFFIXES[family]))
+    leaf = re.compile(rf"(?P<module>.+?)(?P<deep>(\.base_layer)*)\.(?P<leaf>{leaves})")
+    out, base_keys = _Found(), {}
+    for key, t in tensors.items():
+        if family == "VERA" and key in SHARED.values():
+            out.rest[key] = t
+            continue
+        if not key.startswith(PREFIX):
+            raise FileRefused(f"Unexpected tensor {key!r}.", f"PEFT's names start with {PREFIX!r}.")
+        path = key.removeprefix(PREFIX).removesuffix(".weight") if "lora_magnitude" in key else key.removeprefix(PREFIX)
+        m = leaf.fullmatch(path)
+        if m is not None and m["leaf"] == "lora_B.bias":
+            out.shifts[f"{m['module']}.bias"] = t
+        elif m is not None:
+            depth = m["deep"].count(".base_layer")
+            out.layers.setdefault(m["module"], {}).setdefault(depth, {})[m["leaf"]] = t
+            out.rest[f"{PREFIX}{path}"] = t
+        elif path.endswith(f".{TOKENS}"):
+            module = path.removesuffix(f".{TOKENS}")
+            out.tokens[module] = _indices(module, config)
+            out.rest[key] = t
+        elif ".original_module." in path or ".modules_to_save." in path:
+            _second_copy(path, tensors)
+        else:
+            base_keys[path] = t
+    for path, t in base_keys.items():
+        _base_tensor(path, t, config, out)
+    return out
+
+
+def _second_copy(path: str, tensors: Mapping[str, Tensor]) -> None:
+    """bias="all" beside modules_to_save writes a module's bias three times; the plain name is the one that acts."""
+    for word in (".original_module.", ".modules_to_save."):
+        if word in path and f"{PREFIX}{path.replace(word, '.')}" not in tensors:
+            raise FileRefused(f"Unexpected tensor {path!r}.", "The file is damaged.")
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix(PREFIX)
+
+
+def _indices(module: str, config: Mapping[str, Any]) -> tuple[int, ...]:
+    given = config.get("trainable_token_indices") or {}
+    if isinstance(given, Mapping):
+        given = next((v for k, v in given.items() if module.endswith(_bare(k))), None)
+    if not given:
+        raise FileRefused(f"{module} has trained tokens and the config no indices for it.", "The file is damaged.")
+    return tuple(int(i) for i in given)
+
+
+def _base_tensor(path: str, t: Tensor, config: Mapping[str, Any], out: _Found) -> None:
+    module, _, param = path.rpartition(".")
+    wrapped = module.removesuffix(".base_layer")
+    if not t.is_floating_point():
+        raise NotExpressible(f"{path} is no floating-point tensor; a buffer cannot be an own copy.")
+    if module != wrapped and param == "weight":
+        out.base[wrapped] = _print_of(t)
+        return
+    saved = [_bare(m) for m in config.get("modules_to_save") or ()]
+    owned = any(path == m or re.match(rf"(.*\.)?[^.]*{re.escape(m)}\.", path) for m in saved)
+    biased = param == "bias" and config.get("bias", "none") != "none"
+    if not (owned or biased or module.rpartition(".")[2] in _EMBEDDINGS):
+        raise FileRefused(f"Unexpected tensor {PREFIX + path!r}.", "No field of the config asks for it.")
+    out.own[f"{wrapped}.{param}" if wrapped else param] = t
+    out.rest[f"{PREFIX}{path}"] = t
+
+
+def _print_of(t: Tensor) -> Fingerprint:
+    shell = nn.Module()
+    shell.register_parameter("weight", nn.Parameter(t.contiguous(), requires_grad=False))
+    return fingerprint(read_site("weight", shell, "weight"))
+
+
+def _pattern(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the path."""
+    for pattern, value in (patterns or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", key):
+                return value
+        except re.error as error:
+            raise BadValue(f"The pattern {pattern!r} is no regular expression: {error}.") from error
+    return (patterns or {}).get(key, default)
+
+
+def _made(config: Mapping[str, Any], key: str, leaves: Mapping[str, Tensor]) -> tuple[Parameterization, float]:
+    r = int(_pattern(config.get("rank_pattern"), key, config.get("r", 8)))
+    alpha = float(_pattern(config.get("alpha_pattern"), key, config.get("lora_alpha", 8)))
+    sqrt = bool(config.get("use_rslora"))
+    lora = LoRA(r, alpha, float(config.get("lora_dropout") or 0.0), "alpha/sqrt(r)" if sqrt else "alpha/r")
+    how = DoRA(lora) if "lora_magnitude_vector" in leaves else lora
+    how.check()
+    return how, alpha / (math.sqrt(r) if sqrt else r)
+
+
+def _lora(config: Mapping[str, Any], found: _Found) -> dict[str, SiteState]:
+    sites: dict[str, SiteState] = {}
+    for module, levels in found.layers.items():
+        params = _params_at(module, config) if config.get("target_parameters") else []
+        if params:
+            if sorted(levels) != list(range(len(params))):
+                raise FileRefused(f"{module}: the file wraps {len(levels)} parameters, the config names {params}.")
+            for i, param in enumerate(params):
+                how, scale = _made(config, f"{module}.{param}", {})
+                sites[f"{module}.{param}"] = SiteState(how, "tensor", scale, {}, {"A": "input", "B": "output"},
+                                                       marks={STORED: {"order": i}})  # fmt: skip
+            continue
+        if set(levels) != {0}:
+            raise FileRefused(f"{module} is wrapped {max(levels) + 1} times.", "The file is damaged.")
+        sites[module] = _site(module, config, levels[0])
+    return sites
+
+
+def _site(module: str, config: Mapping[str, Any], leaves: Mapping[str, Tensor]) -> SiteState:
+    how, scale = _made(config, module, leaves)
+    kind, a, b = "linear", leaves.get("lora_A.weight"), leaves.get("lora_B.weight")
+    if "lora_embedding_A" in leaves:
+        kind, a, b = "embedding", leaves["lora_embedding_A"], leaves.get("lora_embedding_B")
+    dora = type(how) is DoRA
+    if dora is not bool(config.get("use_dora")) or a is None or b is None:
+        raise FileRefused(f"{module}: the config and the tensors {sorted(leaves)} do not agree.",
+                          "The file is damaged.")  # fmt: skip
+    r = how.rank()
+    if a.shape[0] != r:
+        raise FileRefused(f"{module} has rank {a.shape[0]}, the config says {r}.", "The file is damaged.")
+    marks: dict[str, Any] = {}
+    if a.dim() > 2:
+        kind = "conv"
+        if b.shape[1] != r:
+            raise NotExpressible(f"{module}: PEFT's LoRA of a grouped convolution has no weight difference of its own.")
+        ones = [1] * (a.dim() - 2)
+        marks = {STORED: {"shape": [b.shape[0], *a.shape[1:]], "groups": 1, "dilation": ones, "padding": "zeros"}}
+    inner = {"A": "input", "B": "output"}
+    roles = {**{f"inner.{k}": v for k, v in inner.items()}, "m": "magnitude"} if dora else inner
+    return SiteState(how, kind, scale, {}, roles, marks=marks)
+
+
+def _targeted(module: str, config: Mapping[str, Any]) -> bool:
+    wanted = config.get("target_modules") or ()
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return any(module == w or module.endswith(f".{w}") for w in wanted)
+
+
+def _params_at(module: str, config: Mapping[str, Any]) -> list[str]:
+    """The targeted parameters of a module, innermost first."""
+    if _targeted(module, config):
+        return []
+    hits = set()
+    for target in config["target_parameters"]:
+        owner, _, param = target.rpartition(".")
+        if not owner or module == owner or module.endswith(f".{owner}"):
+            hits.add(param)
+    probe = {f"{module}.{p}": SiteState(LoRA(), "tensor", 1.0, {}, {}) for p in hits}
+    deep = nested(probe)
+    return [n.rpartition(".")[2] for n in sorted(deep, key=lambda n: -deep[n][1])]
+
+
+def _adalora(config: Mapping[str, Any], found: _Found) -> dict[str, SiteState]:
+    r = int(config.get("init_r", 12))
+    alpha = float(config.get("lora_alpha", 8))
+    how = SVD(r, alpha if alpha > 0 else float(r), float(config.get("lora_dropout") or 0.0))
+    how.check()
+    roles = {"P": "output", "lam": "core", "Q": "input"}
+    sites = {}
+    for module, levels in found.layers.items():
+        left = levels[0]["lora_E"].shape[0] if "lora_E" in levels.get(0, {}) else r
+        marks = {} if left == r else {"compacted": True}
+        sites[module] = SiteState(how, "linear", how.alpha / (r + 1e-5), {}, roles, marks=marks)
+    return sites
+
+
+def _vera(config: Mapping[str, Any], found: _Found) -> dict[str, SiteState]:
+    how = VeRA(int(config.get("r", 256)), float(config.get("d_initial", 0.1)), float(config.get("vera_dropout") or 0.0),
+               int(config.get("projection_prng_key") or 0), bool(config.get("save_projection", True)))  # fmt: skip
+    how.check()
+    roles = {"A": "input", "B": "output", "d": "core", "b": "magnitude"}
+    return {m: SiteState(how, "linear", 1.0, {}, roles, {"A": "A", "B": "B"}) for m in found.layers}
+
+
+def _drawn(config: Mapping[str, Any], found: _Found, fan_in: int | None) -> dict[str, Tensor]:
+    """PEFT's projections from their seed, at the largest shapes among the layers."""
+    if fan_in is None:
+        raise NotExpressible(
+            "The file holds no VeRA projections; the seed gives them only with the largest input width of the layers.",
+            "Call from_peft(config, tensors, fan_in=…), or save with save_projection=True.",
+        )
+    fan_out = max(levels[0]["vera_lambda_b"].shape[0] for levels in found.layers.values())
+    a, b = projections(int(config.get("projection_prng_key") or 0), int(config.get("r", 256)), fan_in, fan_out)
+    return {SHARED["A"]: a, SHARED["B"]: b}
+
+
+def _own(found: _Found) -> dict[str, SiteState]:
+    sites = {name: SiteState(Full(), "tensor", 1.0, {}, {"W": "own"}) for name in found.own}
+    for module, rows in found.tokens.items():
+        sites[module] = SiteState(Full(rows=rows), "embedding", 1.0, {}, {"W": "own"}, marks={STORED: {"tied": False}})
+    return sites
+
+
+def _shifted(own: SiteState | None, shift: Tensor) -> SiteState:
+    """lora_bias: y = W x + c + s (B A x + b), so the layer's bias moves by s·b."""
+    column = shift.reshape(-1, 1)
+    if own is not None:
+        return replace(own, tensors={"W": own.tensors["W"] + column})
+    return SiteState(Full(delta_form=True), "tensor", 1.0, {"W": torch.clone(column)}, {"W": "own"})

@@ -1,0 +1,216 @@
+"""Files: byte-identical, atomic, proven against the base; hostile ones refused with a typed error, cheaply."""
+
+import json
+import os
+import random
+import struct
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import omnilora as ol
+from omnilora import errors
+from omnilora.core.contract import shake
+from omnilora.core.method import Method
+from omnilora.parameterizations.lora import LoRA
+from omnilora.proofs import Stack
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    model = Stack(8, 10, 6, bias=True).eval()
+    ol.adapt(model, ol.method("molora", experts=2, r=2))
+    shake(model)
+    ol.save(model, tmp_path / "a")
+    return model, tmp_path / "a"
+
+
+def base_of(model):
+    other = Stack(8, 10, 6, bias=True).eval()
+    other.load_state_dict(ol.base_state_dict(model))
+    return other
+
+
+def test_two_saves_are_equal_and_hold_no_time(saved, tmp_path):
+    model, path = saved
+    ol.save(model, tmp_path / "b")
+    assert all((tmp_path / "b" / f.name).read_bytes() == f.read_bytes() for f in path.iterdir())
+    assert sorted(p.name for p in path.iterdir()) == ["omnilora.json", "omnilora.safetensors"]
+
+
+def test_overwriting_is_whole_and_leaves_nothing_behind(saved):
+    model, path = saved
+    shake(model)
+    ol.save(model, path)
+    ol.load(other := base_of(model), path)
+    x = torch.randn(2, 8)
+    assert torch.equal(other(x), model(x)) and [p.name for p in path.parent.iterdir()] == ["a"]
+
+
+def test_a_failed_write_keeps_the_old_folder(saved, monkeypatch):
+    model, path = saved
+    before = {f.name: f.read_bytes() for f in path.iterdir()}
+    shake(model)
+    for call in ("fsync", "rename"):
+        with monkeypatch.context() as m:
+            m.setattr(os, call, lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            m.setattr("omnilora.core.files._exchange", lambda a, b: False)
+            with pytest.raises(OSError):
+                ol.save(model, path)
+        assert {f.name: f.read_bytes() for f in path.iterdir()} == before
+        assert [p.name for p in path.parent.iterdir()] == ["a"]
+
+
+def test_verdicts_on_the_base(saved):
+    model, path = saved
+    assert ol.load(base_of(model), path)["base"] == "same bytes"
+    half = base_of(model).bfloat16()
+    report = ol.load(half, path)
+    assert report["base"] == "same weights" and 1e-4 < report["distance"] < 1e-2
+    torch.manual_seed(5)
+    stranger = Stack(8, 10, 6, bias=True)
+    with pytest.raises(errors.BaseMismatch, match="another base"):
+        ol.load(stranger, path)
+    assert ol.adapters(stranger) == []
+    assert ol.load(stranger, path, check_base=False)["base"] == "unproven"
+
+
+def test_load_is_all_or_nothing(saved):
+    model, path = saved
+    small = Stack(8, 10, 7, bias=True)
+    with pytest.raises(errors.StateMismatch, match=r"layers\.1"):
+        ol.load(small, path, check_base=False)
+    assert ol.adapters(small) == [] and not hasattr(small.layers[0], "adapters")
+    with pytest.raises(errors.StateMismatch, match="no linear at"):
+        ol.load(Stack(8, 10), path)
+
+
+def edit(path, change):
+    data = json.loads((path / "omnilora.json").read_text())
+    change(data)
+    (path / "omnilora.json").write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda d: d.update(format=99), errors.FileRefused),
+        (lambda d: d.update(surprise=1), errors.UnknownName),
+        (lambda d: d.pop("sites"), errors.UnknownName),
+        (lambda d: d["sites"]["layers.0"]["how"].update(kind="Nope"), errors.UnknownName),
+        (lambda d: d["sites"]["layers.0"]["how"].update(kind="os.system"), errors.UnknownName),
+        (lambda d: d["sites"]["layers.0"]["how"].update(rr=3), errors.UnknownName),
+        (lambda d: d["sites"]["layers.0"]["how"].update(r=2**31), errors.OmniloraError),
+        (lambda d: d["sites"]["layers.0"]["how"].update(r=-1), errors.BadValue),
+        (lambda d: d["sites"]["layers.0"].update(scale=9.0), errors.FileRefused),
+        (lambda d: d["sites"]["layers.0"].update(roles=[]), errors.FileRefused),
+        (lambda d: d.update(tensors="../../etc/passwd"), errors.FileRefused),
+        (lambda d: d["sites"].update({"layers.0": None}), errors.FileRefused),
+    ],
+)
+def test_edited_manifests_are_refused(saved, change, error):
+    model, path = saved
+    edit(path, change)
+    with pytest.raises(error):
+        ol.load(base_of(model), path)
+
+
+def test_nan_tensors_and_wrong_tensors_are_refused(saved):
+    model, path = saved
+    tensors = load_file(path / "omnilora.safetensors")
+    first = sorted(tensors)[0]
+    save_file({**tensors, first: torch.full_like(tensors[first], float("nan"))}, path / "omnilora.safetensors")
+    with pytest.raises(errors.OmniloraError):
+        ol.load(base_of(model), path)
+    save_file({**tensors, "extra": torch.zeros(1)}, path / "omnilora.safetensors")
+    with pytest.raises(errors.FileRefused, match="extra"):
+        ol.load(base_of(model), path)
+
+
+def test_pickles_and_strangers_are_refused(tmp_path, saved):
+    model, _ = saved
+    folder = tmp_path / "p"
+    folder.mkdir()
+    torch.save({"x": 1}, folder / "adapter_model.bin")
+    with pytest.raises(errors.FileRefused, match="pickle"):
+        ol.load(base_of(model), folder)
+    with pytest.raises(errors.FileRefused):
+        ol.load(base_of(model), tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"1234567", struct.pack("<Q", 2**63), struct.pack("<Q", 10) + b"{", struct.pack("<Q", 2) + b"[]",
+     struct.pack("<Q", 300) + b"[" * 300,
+     (lambda h: struct.pack("<Q", len(h)) + h)(b'{"a":{"dtype":"F32","shape":[99999999999,9999999],"data_offsets":[0,4]}}'),
+     (lambda h: struct.pack("<Q", len(h)) + h)(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{}}')],
+)  # fmt: skip
+def test_hostile_tensor_files(saved, data):
+    model, path = saved
+    (path / "omnilora.safetensors").write_bytes(data)
+    start = time.perf_counter()
+    with pytest.raises(errors.FileRefused):
+        ol.load_file(path)
+    assert time.perf_counter() - start < 0.5
+
+
+def test_a_thousand_mutations_give_typed_errors_or_the_same_adapter(saved):
+    _, path = saved
+    rng = random.Random(0)
+    want = ol.load_file(path).content()
+    files = {f: f.read_bytes() for f in path.iterdir()}
+    for _ in range(1000):
+        f = rng.choice(list(files))
+        raw = bytearray(files[f])
+        kind = rng.randrange(4)
+        at = rng.randrange(len(raw))
+        if kind == 0:
+            raw[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            raw = raw[:at]
+        elif kind == 2:
+            raw[at:at] = rng.randbytes(rng.randrange(1, 20))
+        else:
+            raw[at : at + 8] = rng.randbytes(8)
+        f.write_bytes(bytes(raw))
+        try:
+            assert ol.load_file(path).content() == want
+        except errors.OmniloraError:
+            pass
+        f.write_bytes(files[f])
+
+
+def test_reading_executes_and_opens_nothing_else(saved):
+    _, path = saved
+    ol.load_file(path)
+    events = []
+    watching = [True]
+
+    def hook(event, args):
+        if watching[0] and event in ("exec", "compile", "os.system", "subprocess.Popen", "socket.connect", "open"):
+            events.append((event, str(args[0])))
+
+    sys.addaudithook(hook)
+    ol.load_file(path)
+    watching[0] = False
+    assert {e for e, _ in events} == {"open"} and all(str(path) in name for _, name in events)
+
+
+def test_names_are_data(tmp_path):
+    model = Stack(4, 4)
+    x = torch.randn(2, 4)
+    for name in ("lora", "A", "weight", "a.b", "../x", "keys", "training", "ü λ", "%2E"):
+        ol.adapt(model, Method("m", LoRA(1)), name=name)
+    shake(model)
+    outs = []
+    for name in ol.adapters(model):
+        ol.activate(model, name)
+        outs.append(model(x))
+    assert len({tuple(o.flatten().tolist()) for o in outs}) == len(outs)
+    ol.save(model, tmp_path / "s", adapter="../x")
+    ol.detach(model, "a.b")
+    assert "a.b" not in ol.adapters(model) and len(ol.adapters(model)) == 8
