@@ -209,6 +209,9 @@ def adapt(
         raise AttachError(f"An adapter named {name!r} is already on the model.", "Choose another name or detach it.")
     if old is not None and old.merged:
         raise AttachError("The model is merged.", "Call ol.unmerge(model) first.")
+    if method.store is not None:
+        plan(model, method, wanted)
+        method.store(model)
     sites = plan(model, method, wanted)
     tensors = [None if isinstance(how, TiedUse) else _fresh(site, how) for site, how in sites]
     hub = place(model, sites, tensors, name, method)
@@ -283,7 +286,7 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
         made[site.name] = slot
         _slow_path(model, host)
     hub.add(name)
-    hub.values.setdefault("methods", {})[name] = method
+    hub.values.setdefault("methods", {})[name] = dataclasses.replace(method, store=None, fill=None, prepare=None)
     return hub
 
 

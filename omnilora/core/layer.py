@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from omnilora.core.context import ActiveSet, Context, Hub, RowGroups
-from omnilora.core.op import Op, Rows, Splice, weigh
+from omnilora.core.op import Matrix, Op, Rows, Splice, weigh
 from omnilora.core.parameterization import Slot, is_additive
 from omnilora.core.site import Base, Site
 from omnilora.errors import AttachError, ContextError, NotExpressible
@@ -145,8 +145,7 @@ def run(layer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if torch.compiler.is_compiling():
         return _run_compiled(layer, mine, ctx, forward, args, kwargs)
     if mine.merged:
-        with replaced_tensors(layer, mine.merged):
-            return forward(*args, **kwargs)
+        return _run_merged(layer, mine, args, kwargs)
     if hub.merged:
         return forward(*args, **kwargs)
     if torch.is_grad_enabled() and not ctx.recomputed and torch._C._current_graph_task_id() != -1:
@@ -157,6 +156,13 @@ def run(layer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if ctx.rows is not None:
         return _run_rows(layer, mine, ctx, ctx.rows, forward, args, kwargs)
     return _run_set(layer, mine, active, ctx, forward, args, kwargs)
+
+
+def _run_merged(layer: Any, mine: Adapters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A layer whose store cannot be written: its dense merged weight stands in for the layer's own forward."""
+    site = next(s.site for group in mine.slots.values() for s in group if s.site.called)
+    x, _, _ = _input(site, args, kwargs)
+    return site.native(Matrix(mine.merged["weight"], layer._parameters.get("bias")).apply(x, site.geometry))
 
 
 def _in_backward(hub: Hub, ctx: Context) -> Context:

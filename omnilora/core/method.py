@@ -84,7 +84,7 @@ class Card:
 class Method:
     """What ``ol.adapt`` puts on a model and ``ol.fit`` trains.
 
-    ``store``: how the base should be held before adapting ({"quant_type": "nf4"}); ``source`` makes context from the
+    ``store`` puts the base into the form the method wants, before sites are made (4 bits); ``source`` makes context from the
     model's inputs; ``fill`` sets a fresh slot's tensors from data; ``prepare`` observes data and decides the method
     and targets before any tensor is made (``ol.prepare``).
     """
@@ -94,7 +94,7 @@ class Method:
     rules: tuple[Rule, ...] = ()
     targets: Targets | None = None
     hyper: Mapping[str, Any] = field(default_factory=dict)
-    store: Mapping[str, Any] | None = None
+    store: Callable[[nn.Module], Any] | None = None
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     source: Parameterization | None = None
     fill: Callable[[Slot], None] | None = None

@@ -1,0 +1,1 @@
+"""Training: configurations, data, models, the loop, checkpoints, evaluation and generation."""

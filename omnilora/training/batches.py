@@ -100,7 +100,8 @@ def order(lengths: Sequence[int] | int, batch_size: int, seed: int, epoch: int, 
         if not isinstance(lengths, int):
             run.sort(key=lambda i: lengths[i])
         batches += [run[i : i + size] for i in range(0, len(run), size)]
-    batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist() if len(batches[i]) >= world]
+    shuffled = torch.randperm(len(batches), generator=generator).tolist()
+    batches = [batches[i] for i in shuffled if len(batches[i]) >= world]
     if not batches:
         raise BadValue(f"{count} rows are fewer than {world} processes.", "Give more data or fewer processes.")
     return batches
@@ -164,3 +165,13 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields"):
         return type(batch)(to_device(v, device) for v in batch)
     return batch
+
+
+def token_count(batch: Any) -> int:
+    """Input tokens without padding; rows, where the batch has no mask."""
+    if isinstance(batch, Mapping):
+        mask = batch.get("attention_mask")
+        first = mask if isinstance(mask, Tensor) else next((v for v in batch.values() if isinstance(v, Tensor)), None)
+        return 0 if first is None else int(first.sum()) if first is mask else first.shape[0]
+    first = batch[0] if isinstance(batch, (list, tuple)) else batch
+    return first.shape[0] if isinstance(first, Tensor) and first.dim() else 0

@@ -108,8 +108,9 @@ class TrainConfig:
     def _relations(self) -> None:
         if self.packing and self.task != "causal-lm":
             raise BadValue(f"packing = True with task = {self.task!r}.", "Only causal-lm packs rows.")
-        if self.best is not None and self.best not in METRICS[self.task]:
-            raise UnknownName(f"best = {self.best!r} is no metric of {self.task}.", nearest(self.best, METRICS[self.task]))
+        metrics = METRICS[self.task]
+        if self.best is not None and self.best not in metrics:
+            raise UnknownName(f"best = {self.best!r} is no metric of {self.task}.", nearest(self.best, metrics))
         if self.labels is not None and self.task != "classification":
             raise BadValue(f"labels are given with task = {self.task!r}.", "Set task = 'classification'.")
         if self.labels is not None and len(set(map(str, self.labels))) != len(self.labels):

@@ -218,7 +218,7 @@ def conversation(row: Row, config: TrainConfig) -> list[dict[str, Any]] | tuple[
     if text is not None:
         return text_of(row, text)
     raise DataError(f"{row.where}: fields {sorted(map(str, row.data))} are no known shape.",
-                    "Give messages, prompt and completion, or text; or name the columns in the configuration.")  # fmt: skip
+                    "Give messages, prompt and completion, or text; or name the columns.")  # fmt: skip
 
 
 def _turn(role: str, content: str) -> dict[str, Any]:

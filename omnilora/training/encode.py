@@ -180,15 +180,21 @@ def _language(row: Row, tokenizer: Any, config: TrainConfig, template: str, leng
     return Example(ids[:length], labels[:length]), len(ids) > length
 
 
-def _classified(row: Row, tokenizer: Any, config: TrainConfig, length: int, labels: Sequence[Any]) -> tuple[Example, bool]:
+def _classified(row: Row, tokenizer: Any, config: TrainConfig, length: int,
+                labels: Sequence[Any]) -> tuple[Example, bool]:  # fmt: skip
     name = column(row, "text", config.text)
     if name is None:
         raise DataError(f"{row.where}: no text among {sorted(map(str, row.data))}.", "Name its column: text = ….")
     ids = ids_of(tokenizer, text_of(row, name), special=True)
-    kept = list(tokenizer(row.data[name], truncation=True, max_length=length)["input_ids"]) if len(ids) > length else ids
+    kept = _cut(tokenizer, row.data[name], ids, length)
     if not kept:
         raise DataError(f"{row.where}: the text is empty.", "Give at least one token.")
     return Example(kept, target=label_index(row, config, labels)), len(ids) > length
+
+
+def _cut(tokenizer: Any, text: str, ids: list[int], length: int) -> list[int]:
+    """``ids`` if they fit, else the text cut so that special tokens stay at its ends."""
+    return ids if len(ids) <= length else list(tokenizer(text, truncation=True, max_length=length)["input_ids"])
 
 
 def _pair(row: Row, tokenizer: Any, config: TrainConfig, length: int) -> tuple[Example, bool]:
@@ -196,8 +202,7 @@ def _pair(row: Row, tokenizer: Any, config: TrainConfig, length: int) -> tuple[E
     if None in names or names[0] == names[1]:
         raise DataError(f"{row.where}: no pair among {sorted(map(str, row.data))}.", 'Give "anchor" and "positive".')
     sides = [ids_of(tokenizer, text_of(row, n), special=True) for n in names if n]
-    kept = [s if len(s) <= length else list(tokenizer(row.data[n], truncation=True, max_length=length)["input_ids"])
-            for s, n in zip(sides, names)]  # fmt: skip
+    kept = [_cut(tokenizer, row.data[n], s, length) for s, n in zip(sides, names)]
     if not all(kept):
         raise DataError(f"{row.where}: a text of the pair is empty.", "Give at least one token.")
     score = column(row, "score", config.label)

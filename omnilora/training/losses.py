@@ -1,0 +1,251 @@
+"""What each task minimizes, as sums with their weights, so that accumulation and processes change nothing."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from omnilora.errors import BadValue, RunError
+from omnilora.training.batches import Feed, to_device
+from omnilora.training.encode import MASKED
+
+Batch = Mapping[str, Tensor]
+
+
+class Task:
+    """``weight`` of a batch is known before its forward; ``total`` is the loss summed over that weight."""
+
+    def weight(self, batch: Any) -> float:
+        """How much the batch counts: learned tokens, rows or pairs."""
+        raise NotImplementedError
+
+    def total(self, model: nn.Module, batch: Any, figures: Figures | None = None) -> tuple[Tensor, Any]:
+        """(summed loss, the model's outputs). ``figures`` collects what metrics need."""
+        raise NotImplementedError
+
+
+class Figures:
+    """Sums of an evaluation. ``metrics`` gives loss and, by task, perplexity, accuracy and macro-F1."""
+
+    def __init__(self) -> None:
+        self.loss = self.weight = 0.0
+        self.seen: list[tuple[int, int]] = []  # (predicted, true) class of every row
+        self.hits = 0
+
+    def metrics(self, task: Task) -> dict[str, float]:
+        mean = self.loss / max(self.weight, 1e-12)
+        out = {"loss": mean}
+        if isinstance(task, CausalLM):
+            out["perplexity"] = math.exp(min(mean, 700.0))
+        if isinstance(task, Classification):
+            right = sum(p == t for p, t in self.seen)
+            out |= {"accuracy": right / max(len(self.seen), 1), "macro_f1": macro_f1(self.seen)}
+        if isinstance(task, Embedding):
+            out["accuracy"] = self.hits / max(self.weight, 1e-12)
+        return out
+
+
+def macro_f1(pairs: Sequence[tuple[int, int]]) -> float:
+    """The mean F1 over classes that occur among predictions or truths."""
+    scores = []
+    for c in sorted({c for pair in pairs for c in pair}):
+        hit = sum(p == c and t == c for p, t in pairs)
+        scores.append(2 * hit / max(sum(p == c for p, _ in pairs) + sum(t == c for _, t in pairs), 1))
+    return sum(scores) / max(len(scores), 1)
+
+
+def _accepts(model: nn.Module, name: str) -> bool:
+    inner = getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else model
+    return name in inspect.signature(inner.forward).parameters
+
+
+def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the forward gets. Packed rows: position ids that restart and no mask; the model derives the blocks."""
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"]}
+    if "position_ids" in batch:
+        inputs["position_ids"] = batch["position_ids"]
+        if "blocks" in batch:
+            inputs["attention_mask"] = batch["blocks"]
+    else:
+        inputs["attention_mask"] = batch["attention_mask"]
+    if _accepts(model, "use_cache"):
+        inputs["use_cache"] = False
+    return inputs
+
+
+class CausalLM(Task):
+    """Cross-entropy over learned tokens. Logits are computed only at positions that some row learns from."""
+
+    def weight(self, batch: Mapping[str, Tensor]) -> float:
+        return float((batch["labels"][:, 1:] != MASKED).sum())
+
+    def total(self, model: nn.Module, batch: Batch, figures: Figures | None = None) -> tuple[Tensor, Any]:
+        inputs = model_inputs(model, batch)
+        target = batch["labels"][:, 1:]
+        where = (target != MASKED).any(0).nonzero().flatten()
+        few = _accepts(model, "logits_to_keep")
+        if few:
+            inputs["logits_to_keep"] = where
+        outputs = model(**inputs)
+        logits = outputs.logits if few else outputs.logits[:, where]
+        flat, truth = logits.float().flatten(0, 1), target[:, where].flatten()
+        return F.cross_entropy(flat, truth, ignore_index=MASKED, reduction="sum"), outputs
+
+
+class Classification(Task):
+    """Cross-entropy over classes."""
+
+    def weight(self, batch: Mapping[str, Tensor]) -> float:
+        return float(batch["labels"].numel())
+
+    def total(self, model: nn.Module, batch: Batch, figures: Figures | None = None) -> tuple[Tensor, Any]:
+        outputs = model(**model_inputs(model, batch))
+        logits = outputs.logits.float()
+        if figures is not None:
+            figures.seen += list(zip(logits.argmax(-1).tolist(), batch["labels"].tolist(), strict=True))
+        return F.cross_entropy(logits, batch["labels"], reduction="sum"), outputs
+
+
+class Embedding(Task):
+    """Pairs: the other rows' positives are the negatives; with scores, squared error of the cosine."""
+
+    def __init__(self, temperature: float = 0.05) -> None:
+        self.temperature = temperature
+
+    def weight(self, batch: Mapping[str, Tensor]) -> float:
+        return float(batch["input_ids"].shape[0] // 2)
+
+    def total(self, model: nn.Module, batch: Batch, figures: Figures | None = None) -> tuple[Tensor, Any]:
+        outputs = model(**model_inputs(model, batch))
+        a, b = mean_pooled(outputs.last_hidden_state, batch["attention_mask"]).chunk(2)
+        near = a @ b.mT
+        truth = torch.arange(a.shape[0], device=a.device)
+        if figures is not None:
+            figures.hits += int((near.argmax(-1) == truth).sum())
+        if "score" in batch:
+            return F.mse_loss(near.diagonal(), batch["score"], reduction="sum"), outputs
+        return F.cross_entropy(near / self.temperature, truth, reduction="sum"), outputs
+
+
+def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Sentence embeddings of length 1: (rows, dim) from (rows, length, dim) and a 0/1 mask."""
+    weights = mask.unsqueeze(-1).float()
+    return F.normalize((hidden.float() * weights).sum(1) / weights.sum(1), dim=-1)
+
+
+class Custom(Task):
+    """``loss(model, batch)`` of your own: a mean, or (mean, outputs). Every batch counts alike."""
+
+    def __init__(self, loss: Callable[[nn.Module, Any], Any]) -> None:
+        self.loss = loss
+
+    def weight(self, batch: Any) -> float:
+        return 1.0
+
+    def total(self, model: nn.Module, batch: Any, figures: Figures | None = None) -> tuple[Tensor, Any]:
+        made = self.loss(model, batch)
+        value, outputs = made if isinstance(made, tuple) else (made, None)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise RunError(f"loss(model, batch) gave {type(value).__name__}.", "Return one number as a tensor.")
+        return value.reshape(()), outputs
+
+
+class OwnLoss(Custom):
+    """A model that returns its loss, as those of transformers do when labels are in the batch."""
+
+    def __init__(self) -> None:
+        super().__init__(self._own)
+
+    @staticmethod
+    def _own(model: nn.Module, batch: Any) -> Any:
+        outputs = model(**batch) if isinstance(batch, Mapping) else model(batch)
+        value = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        if value is None:
+            raise BadValue(f"{type(model).__name__} returned no loss.", "Pass loss = a function of (model, batch).")
+        return value, outputs
+
+
+def task_of(task: str, temperature: float = 0.05) -> Task:
+    """The task of a configuration's name."""
+    if task == "embedding":
+        return Embedding(temperature)
+    return {"causal-lm": CausalLM, "classification": Classification}[task]()
+
+
+def block_mask(position_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A causal mask in blocks for packed rows: (batch, 1, length, length), True (or 0) where a token may look."""
+    piece = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    n = position_ids.shape[-1]
+    causal = torch.ones(n, n, dtype=torch.bool, device=position_ids.device).tril()
+    allowed = (piece[:, :, None] == piece[:, None, :]) & causal
+    if dtype is None:
+        return allowed[:, None]
+    zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return zeros.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
+
+
+@torch.no_grad()
+def packing_mode(model: nn.Module, vocabulary: int) -> str:
+    """How this model keeps packed rows apart: "positions" alone, or a "blocks" mask. Measured, not assumed.
+
+    Raises:
+        BadValue: with neither do the logits of a packed row equal those of its pieces.
+    """
+    from omnilora.core.attach import disabled, find_hub
+
+    if find_hub(model) is not None:
+        with disabled(model):
+            return _packing_mode(model, vocabulary)
+    return _packing_mode(model, vocabulary)
+
+
+def _packing_mode(model: nn.Module, vocabulary: int) -> str:
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    ids = torch.randint(0, vocabulary, (1, 9), generator=torch.Generator().manual_seed(0)).to(device)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=device)
+    extra = {"use_cache": False} if _accepts(model, "use_cache") else {}
+    try:
+        apart = torch.cat([model(input_ids=i, **extra).logits for i in (ids[:, :4], ids[:, 4:])], 1).float()
+        tried = []
+        for mode in ("positions", "blocks"):
+            mask = {} if mode == "positions" else {"attention_mask": block_mask(positions, model.dtype)}
+            packed = model(input_ids=ids, position_ids=positions, **mask, **extra).logits.float()
+            gap = float((packed - apart).norm() / apart.norm())
+            tried.append(gap)
+            if gap < (1e-4 if model.dtype in (torch.float32, torch.float64) else 2e-2):
+                return mode
+    finally:
+        model.train(training)
+    raise BadValue(f"{type(model).__name__} mixes packed rows (relative change of logits {min(tried):.3g}).",
+                   "Use packing = False, or attn_implementation='sdpa'.")  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate_feed(model: nn.Module, feed: Feed, task: Task) -> dict[str, float]:
+    """Metrics of ``model`` in eval mode over all batches of ``feed``. Every process evaluates all rows."""
+    was, device, figures = model.training, next(model.parameters()).device, Figures()
+    model.eval()
+    try:
+        for batch in feed.epoch(0):
+            moved = to_device(batch, device)
+            total, _ = task.total(model, moved, figures)
+            figures.loss += float(total)
+            figures.weight += task.weight(moved)
+    finally:
+        model.train(was)
+    return figures.metrics(task)
+
+
+def quiet_norms(model: nn.Module) -> None:
+    """Running statistics belong to the base, which never changes."""
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.track_running_stats:
+            layer.eval()

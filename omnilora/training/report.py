@@ -1,0 +1,114 @@
+"""What a run tells: a progress bar on a terminal, a line now and then elsewhere, trackers, and the final report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omnilora.errors import NeedsExtra, UnknownName, nearest, need
+
+
+@dataclass
+class FitReport:
+    """What a run did. ``losses``: one an update; ``evaluations``: {"step", "loss", …} each."""
+
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    steps: int = 0
+    total_steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0  # input tokens without padding (rows, where the batches have no mask)
+    trainable: int = 0
+    truncated: int = 0
+    stopped: str = "done"  # "done", "patience" or "stop_at"
+    best: str | None = None  # folder of the best checkpoint
+    best_value: float | None = None
+    checkpoint: str | None = None  # folder of the last checkpoint
+    output: str | None = None
+    method: str = ""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last evaluation."""
+        return dict(self.evaluations[-1]) if self.evaluations else {}
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+def make_accelerator(trackers: list[Any], output: str | None, cpu: bool) -> Any:
+    """Accelerate's Accelerator. Raises for trackers that are unknown or not installed instead of dropping them."""
+    accelerate = need("accelerate", "train")
+    known = [str(t) for t in accelerate.utils.LoggerType.list()] if trackers else []
+    for name in (t for t in trackers if isinstance(t, str)):
+        if name not in known:
+            raise UnknownName(f"No tracker {name!r}.", nearest(name, known))
+    made = accelerate.Accelerator(cpu=cpu, mixed_precision="no", log_with=list(trackers) or None, project_dir=output,
+                                  device_placement=False)  # fmt: skip
+    if len(made.log_with) < len(trackers):
+        raise NeedsExtra(f"Of trackers {trackers!r} only {[str(t) for t in made.log_with]} can be used.",
+                         "Install their packages: pip install 'omnilora[track]'.")  # fmt: skip
+    return made
+
+
+class Progress:
+    """Shows updates. ``total``: of the run; ``done``: where a resumed run begins."""
+
+    def __init__(self, total: int, done: int, every: int, show: bool) -> None:
+        from rich.console import Console
+
+        self.total, self.every, self.show = total, every, show
+        self.console = Console(stderr=True)
+        self.began, self.first, self.tokens = time.monotonic(), done, 0
+        self.bar: Any = None
+        if show and self.console.is_terminal:
+            from rich import progress as rich
+
+            self.bar = rich.Progress(
+                rich.TextColumn("{task.completed}/{task.total}"),
+                rich.BarColumn(),
+                rich.TextColumn("{task.description}"),
+                rich.TimeElapsedColumn(),
+                rich.TextColumn("left"),
+                rich.TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.bar.add_task("", total=total, completed=done)
+            self.bar.start()
+
+    def update(self, step: int, loss: float, lr: float, tokens: int) -> None:
+        self.tokens += tokens
+        if not self.show:
+            return
+        spent = max(time.monotonic() - self.began, 1e-9)
+        text = f"loss {loss:.4f}  lr {lr:.2e}  {self.tokens / spent:,.0f} tokens/s"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, description=text)
+        elif step % self.every == 0 or step == self.total:
+            left = spent / max(step - self.first, 1) * (self.total - step)
+            self.say(f"step {step}/{self.total}  {text}  {left:,.0f} s left")
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        if self.show:
+            self.say(f"step {step}/{self.total}  eval " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as trackers take it."""
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items() if v is not None}
