@@ -284,7 +284,7 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
         slot.train(host.training)
         mine.add(name, slot)
         made[site.name] = slot
-        _slow_path(model, host)
+    _slow_paths(model)
     hub.add(name)
     hub.values.setdefault("methods", {})[name] = dataclasses.replace(method, store=None, fill=None, prepare=None)
     return hub
@@ -294,11 +294,12 @@ def _nothing(*_: Any) -> None:
     """Its presence keeps nn.TransformerEncoderLayer off the fused path that ignores its children's forwards."""
 
 
-def _slow_path(model: nn.Module, host: nn.Module) -> None:
+def _slow_paths(model: nn.Module) -> None:
     for parent in model.modules():
-        if isinstance(parent, nn.TransformerEncoderLayer) and host in (parent.linear1, parent.linear2, parent.self_attn):
-            if _nothing not in host._forward_hooks.values():
-                host.register_forward_hook(_nothing)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            for child in (parent.linear1, parent.linear2, parent.self_attn):
+                if isinstance(child, Adapted) and _nothing not in child._forward_hooks.values():
+                    child.register_forward_hook(_nothing)
 
 
 # -- the model's entry and exit ------------------------------------------------------------------------------------------

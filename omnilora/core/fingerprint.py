@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from omnilora.core.site import Site
 
@@ -63,7 +64,24 @@ def digest(t: Tensor) -> str:
     return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
 
 
+_kept: MutableMapping[Tensor, tuple[tuple[int, bytes], Fingerprint]] = WeakTensorKeyDictionary()
+
+
 def fingerprint(site: Site) -> Fingerprint:
+    """Computed once for each weight, again when its version or a sample of its bytes has changed."""
+    weight = site.store.parameter.detach()
+    flat = weight.flatten()
+    sample = flat[:: max(1, flat.numel() // 64)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    mark = (site.store.parameter._version, sample)
+    kept = _kept.get(site.store.parameter)
+    if kept is not None and kept[0] == mark:
+        return kept[1]
+    made = _fingerprint(site)
+    _kept[site.store.parameter] = (mark, made)
+    return made
+
+
+def _fingerprint(site: Site) -> Fingerprint:
     store = site.store
     w = store.read().detach()
     sketch, norm = _sketch(w)

@@ -95,14 +95,14 @@ def state(model: nn.Module, adapter: str | None = None, *, with_base: bool = Tru
     if with_base:
         for slot in slots(model, name):
             site = slot.site
-            if site.param and site.store is not None:
+            if site.param and not site.store.parameter.is_meta:
                 base.setdefault(f"{site.name.partition('[')[0]}", fingerprint(site))
     return AdapterState(method.key, dict(method.hyper), sites, pool, base, dict(hub.values.get("extra", {}).get(name, {})))
 
 
-def site_at(model: nn.Module, name: str, s: SiteState) -> Site:
+def site_at(model: nn.Module, name: str, s: SiteState, layers: Mapping[str, nn.Module] | None = None) -> Site:
     """The site of ``model`` that a saved site names. Raises :class:`StateMismatch` where there is none."""
-    layers = dict(model.named_modules())
+    layers = dict(model.named_modules()) if layers is None else layers
     path = name.partition("[")[0] if s.region is not None else name
     made: Site | None = None
     if s.kind == "source":
@@ -130,14 +130,15 @@ def load_state(model: nn.Module, state: AdapterState, name: str = "default", *, 
     hub = find_hub(model)
     if hub is not None and name in hub.names:
         raise AttachError(f"An adapter named {name!r} is already on the model.", "Choose another name or detach it.")
-    plan = [(site_at(model, n, s), s.how) for n, s in state.sites.items()]
+    layers = dict(model.named_modules())
+    plan = [(site_at(model, n, s, layers), s.how) for n, s in state.sites.items()]
     _peers(plan)
     made = [None if isinstance(s.how, TiedUse) else _leaves(site, s, state)
             for (site, _), s in zip(plan, state.sites.values())]  # fmt: skip
     report: dict[str, Any] = {"sites": len(plan), "parameters": state.numel(), "base": "unproven", "distance": None}
     if state.base and check_base:
         fresh = set(state.extra.get("fresh", ()))
-        known = {s.name.partition("[")[0]: s for s, _ in plan if s.param}
+        known = {s.name.partition("[")[0]: s for s, _ in plan if s.param and not s.store.parameter.is_meta}
         verdict = compare(state.base, {n: known[n] for n in state.base if n in known and n not in fresh})
         report |= {"base": verdict.verdict, "distance": verdict.distance}
         if verdict.verdict == "another model":

@@ -63,7 +63,7 @@ class TrainConfig:
     dtype: str = "auto"  # of the base: "auto" (bf16 where the processor computes in it), "fp32", "bf16", "fp16"
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     load_in_4bit: bool = False  # hold the base in NF4
-    eval_every: int | None = None  # updates between evaluations; None: ten a run
+    eval_every: int | None = None  # updates between evaluations; None: five a run
     save_every: int | None = None  # updates between checkpoints; None: at the end
     keep: int = 2  # newest checkpoints kept (the best one is kept besides)
     best: str | None = None  # metric that chooses the checkpoint the run ends with; None: the last

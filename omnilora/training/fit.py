@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,19 +15,20 @@ from torch.utils.data import DataLoader, default_collate
 from omnilora.core import attach
 from omnilora.core.attach import find_hub, hub_of
 from omnilora.core.files import save
-from omnilora.core.method import Method, method
-from omnilora.core.targets import Targets
+from omnilora.core.method import Method, method, prepare
+from omnilora.core.targets import Targets, targets_from
 from omnilora.errors import AttachError, BadValue, need
-from omnilora.training.batches import Collate, Feed, pack
+from omnilora.training.batches import Collate, Feed, pack, to_device
 from omnilora.training.config import TrainConfig
 from omnilora.training.data import Row, hold_out, label_set, read_rows
-from omnilora.training.encode import Encoded, encode, room, set_template
+from omnilora.training.encode import encode, room, set_template
 from omnilora.training.loop import Loop, learning_rate
 from omnilora.training.losses import Custom, OwnLoss, Task, block_mask, packing_mode, task_of
 from omnilora.training.models import Loaded, load_parts, remember, targets_for
 from omnilora.training.report import FitReport
 
 Loss = Callable[[nn.Module, Any], Any]
+PROBED = 32  # batches that a method which decides from data may look at
 
 
 def fit(
@@ -161,8 +163,6 @@ def train(config: TrainConfig) -> FitReport:
         torch.set_num_threads(config.threads)
     rows, held = _rows(config.data, config.eval_data, config)
     labels = label_set(rows, config) if config.task == "classification" else None
-    if made.store is not None and made.store.get("kind", made.store.get("name")) == "nf4":
-        config = config.replace(load_in_4bit=True)
     parts = load_parts(config, labels)
     length = room(parts.model.config, config)
     template = config.template if config.task != "causal-lm" else _template(parts, config)
@@ -194,24 +194,21 @@ def _template(parts: Loaded, config: TrainConfig) -> str:
 
 
 def _adapt(parts: Loaded, made: Method, rows: list[Row], config: TrainConfig) -> None:
-    """Put the method on the model; one that observes data first gets batches of it and may answer with changes.
-
-    ``method.prepare(model, batches, method)`` returns a Method, Targets, or (Method, Targets).
-    """
-    targets: Any = config.targets
+    """Put the method on the model; one that decides from data first looks at some batches of it."""
+    targets: Any = config.targets if config.targets is not None else made.targets
+    if isinstance(targets, Targets) and parts.added:
+        targets = list(targets.include)
+    if not isinstance(targets, Targets):
+        targets, overrides, free = targets_for(parts, targets, config.overrides, config.unfreeze)
+    else:
+        overrides, free = config.overrides or {}, [*(config.unfreeze or []), *parts.fresh] or None
+    wanted = targets_from(targets, exclude=config.exclude, overrides=overrides or None, unfreeze=free,
+                          bias=config.bias, tied=config.tied)  # fmt: skip
     if made.prepare is not None:
-        encoded: Encoded = encode(rows, parts.tokenizer, config, int(config.max_length or 512), parts.labels)
-        feed = Feed(encoded.examples, Collate(parts.tokenizer.pad_token_id), config.batch_size, config.seed)
-        answer = made.prepare(parts.model, feed.epoch(0), made)
-        for piece in answer if isinstance(answer, tuple) else (answer,):
-            made = piece if isinstance(piece, Method) else made
-            targets = piece if isinstance(piece, Targets) else targets
-    if targets is None and parts.added:
-        targets = list(made.targets.include) if made.targets is not None else None
-    if isinstance(targets, Targets):
-        attach.adapt(parts.model, made, targets)
-        return
-    targets, overrides, free = targets_for(parts, targets, config.overrides, config.unfreeze)
-    chosen = {"exclude": config.exclude, "overrides": overrides or None, "unfreeze": free, "bias": config.bias,
-              "tied": config.tied}  # fmt: skip
-    attach.adapt(parts.model, made, targets, **chosen)
+        examples = encode(rows, parts.tokenizer, config, int(config.max_length or 512), parts.labels).examples
+        feed = Feed(examples, Collate(parts.tokenizer.pad_token_id), config.batch_size, config.seed)
+        device, task = next(parts.model.parameters()).device, task_of(config.task, config.temperature)
+        batches = [to_device(b, device) for b in itertools.islice(feed.epoch(0), PROBED)]
+        made, found = prepare(parts.model, made, batches, lambda m, b: task.total(m, b)[0] / task.weight(b), wanted)
+        wanted = wanted if found is None else found
+    attach.adapt(parts.model, made, wanted)

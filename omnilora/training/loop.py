@@ -48,7 +48,7 @@ class Loop:
         self.per_epoch = math.ceil(len(self.feed) / config.accumulate)
         self.total = config.steps or max(1, math.ceil(config.epochs * self.per_epoch))
         self.end = min(self.total, config.stop_at or self.total)
-        self.eval_every = config.eval_every or max(1, self.total // 10)
+        self.eval_every = config.eval_every or max(1, self.total // 5)
         self.home = None if config.output is None else Path(config.output) / "checkpoints"
         self.report = FitReport(total_steps=self.total, output=config.output,
                                 trainable=sum(p.numel() for p in trainable(model, self.adapter)),
@@ -166,6 +166,8 @@ class Loop:
 
     def _epochs(self, run: Run, wrapped: nn.Module, shown: Progress, spent: float, began: float,
                 resumed: dict[str, Any] | None) -> None:  # fmt: skip
+        self.model.train()
+        quiet_norms(self.model)
         while run.step < self.end and self.report.stopped != "patience":
             if resumed is not None and self.epoch_random is not None:
                 checkpoint.set_random_state(self.epoch_random)
@@ -193,9 +195,6 @@ class Loop:
             self.report.stopped = "stop_at"
 
     def _update(self, run: Run, wrapped: nn.Module, micro: list[Any], shown: Progress) -> None:
-        if not self.model.training or run.step == 0:
-            self.model.train()
-            quiet_norms(self.model)
         weight = self._sum(sum(self.task.weight(b) for b in micro))
         value = 0.0
         for i, batch in enumerate(micro):

@@ -231,7 +231,8 @@ def _packing_mode(model: nn.Module, vocabulary: int) -> str:
 @torch.no_grad()
 def evaluate_feed(model: nn.Module, feed: Feed, task: Task) -> dict[str, float]:
     """Metrics of ``model`` in eval mode over all batches of ``feed``. Every process evaluates all rows."""
-    was, device, figures = model.training, next(model.parameters()).device, Figures()
+    device, figures = next(model.parameters()).device, Figures()
+    learning = [m for m in model.modules() if m.training]
     model.eval()
     try:
         for batch in feed.epoch(0):
@@ -240,7 +241,8 @@ def evaluate_feed(model: nn.Module, feed: Feed, task: Task) -> dict[str, float]:
             figures.loss += float(total)
             figures.weight += task.weight(moved)
     finally:
-        model.train(was)
+        for module in learning:
+            module.training = True
     return figures.metrics(task)
 
 

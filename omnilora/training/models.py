@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,8 +98,9 @@ def load_parts(config: TrainConfig, labels: Sequence[Any] | None = None) -> Load
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
     try:
-        model, info = auto.from_pretrained(source, dtype=dtype_of(config.dtype, device), output_loading_info=True,
-                                           **_gguf(options, transformers))  # fmt: skip
+        with _quiet(transformers.utils.logging):
+            model, info = auto.from_pretrained(source, dtype=dtype_of(config.dtype, device), output_loading_info=True,
+                                               **_gguf(options, transformers))  # fmt: skip
         given = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **given)
     except OmniloraError:
@@ -108,7 +111,11 @@ def load_parts(config: TrainConfig, labels: Sequence[Any] | None = None) -> Load
     if config.device_map is None and device == "cuda":
         model.to(need("accelerate", "train").PartialState().device)
     made = Loaded(model, tokenizer, list(chosen) if config.task == "classification" and chosen else None)
-    made.fresh = _fresh(model, info["missing_keys"], config)
+    missing = list(info["missing_keys"])
+    if config.task == "embedding" and isinstance(getattr(model, "pooler", None), nn.Module):
+        model.pooler = None
+        missing = [n for n in missing if not n.startswith("pooler.")]
+    made.fresh = _fresh(model, missing, config)
     _pad(tokenizer, model)
     if config.tokens:
         made.tokens = list(config.tokens)
@@ -152,6 +159,21 @@ def _gguf(options: dict[str, Any], transformers: Any) -> dict[str, Any]:
         return options
     need("gguf", "train")
     return {**options, "quantization_config": transformers.GgufConfig(dequantize=True)}
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """No report on a head that is expected to be new, no bars of loading where nobody sees them move."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _fresh(model: nn.Module, missing: Sequence[str], config: TrainConfig) -> list[str]:
@@ -231,15 +253,18 @@ def load_trained(output: str | Path, *, adapter: bool = True, **changes: Any) ->
         changes: fields of the configuration to change (model, dtype, device_map …).
     """
     from omnilora.core.files import load, load_file
+    from omnilora.core.method import entries, method
     from omnilora.training.encode import set_template
 
     home = Path(output)
     if not (home / "config.yaml").is_file():
         raise FileRefused(f"{home} is no folder of a run.", "It has no config.yaml.")
     config = TrainConfig.from_yaml(home / "config.yaml", resume=False, **changes)
-    labels = load_file(home / "adapter").extra.get("labels")
-    model, tokenizer = load_model(config, labels)
+    state = load_file(home / "adapter")
+    model, tokenizer = load_model(config, state.extra.get("labels"))
     set_template(tokenizer, config.template)
+    if state.method in entries() and (hold := method(state.method, **dict(state.hyper)).store) is not None:
+        hold(model)
     if adapter:
         load(model, home / "adapter")
     return model.eval(), tokenizer

@@ -62,7 +62,7 @@ def _bytes(broken: bool) -> float:
 
 
 def _recovers(broken: bool) -> float:
-    """Error of the adapted 4-bit layer after training towards the dense layer (broken: A and B do not learn)."""
+    """Error of the adapted 4-bit layer towards W + planted; rounding alone is 0.092 ‖W‖ ∕ ‖target‖ = 0.077 (broken: one step)."""
     model = nn.Sequential(nn.Linear(64, 64, bias=False))
     x = torch.randn(512, 64)
     target = model[0].weight.detach() + proofs.planted(64, 64, 4)
@@ -76,5 +76,5 @@ def claims() -> list[Claim]:
         Claim("NF4 error", "relative error 0.092 on normal weights", _error, lambda f: abs(f - 0.092) < 0.003, "FP4"),
         Claim("storage", "at most 0.53 bytes for each weight", _bytes, lambda f: f <= 0.53, "no double quantization"),
         Claim("learns through 4 bits", "gradients pass the quantized base: a planted change is learnt up to its rounding",
-              _recovers, lambda f: f < 0.06, "one step only"),
+              _recovers, lambda f: f < 0.077, "one step only"),
     ]  # fmt: skip

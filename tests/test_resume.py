@@ -1,0 +1,185 @@
+"""A run that stops and goes on is the run that never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from test_data import tiny_llama, tiny_tokenizer
+
+import omnilora as ol
+from omnilora.core.method import Method
+from omnilora.core.rule import Group, Rule
+from omnilora.errors import BadValue, FileRefused, RunError, StateMismatch
+from omnilora.parameterizations.lora import LoRA
+from omnilora.training import checkpoint
+
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven"]
+ROWS = [{"prompt": f"what is {a} plus {b}" + " good" * i, "completion": NUMBERS[(i * j) % 7]}
+        for i, a in enumerate(NUMBERS[:5]) for j, b in enumerate(NUMBERS[:5])]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Noisy(Rule):
+    """Draws, adds a loss, moves a tensor of its own and scales: everything a checkpoint must keep."""
+
+    loss_is_added = True
+
+    def __init__(self):
+        self.mean, self.drawn = {}, []
+
+    def groups(self, model, adapter):
+        return [Group([p for s in ol.slots(model, adapter) for _, p in s.by_role("output")], factor=4.0)]
+
+    def before_forward(self, run):
+        self.drawn.append(float(torch.rand(())))
+        run.set("noise", self.drawn[-1])
+
+    def loss(self, run, batch, outputs):
+        return self.drawn[-1] * 1e-2 * sum((t**2).sum() for s in run.slots() for _, t in s.tensors())
+
+    def after_step(self, run):
+        for s in run.slots():
+            for name, t in s.by_role("output"):
+                key = f"{s.site.name}:{name}"
+                self.mean[key] = 0.9 * self.mean.get(key, torch.zeros_like(t)) + 0.1 * t
+                t.sub_(0.01 * self.mean[key])
+            s.scale *= 0.99
+            s.marks["seen"] = run.step
+
+    def state_dict(self):
+        return {"mean": self.mean, "drawn": self.drawn, "pair": (1, float("inf"))}
+
+    def load_state_dict(self, state):
+        self.mean, self.drawn = state["mean"], list(state["drawn"])
+        assert state["pair"] == (1, float("inf"))
+
+
+def how(kind):
+    if kind == "noisy":
+        return Method("noisy", LoRA(r=4, dropout=0.1), (Noisy(),))
+    if kind == "adalora":
+        return ol.method("adalora")
+    return Method("plain", LoRA(r=4, dropout=0.1))
+
+
+def go(kind, output, **options):
+    model = tiny_llama()
+    torch.manual_seed(1)
+    ol.adapt(model, how(kind), targets=["attention", "mlp"])
+    given = {"batch_size": 4, "steps": 20, "lr": 1e-2, "output": str(output), **options}
+    report = ol.fit(model, ROWS, tokenizer=tiny_tokenizer(), **given)
+    return ol.state(model), report
+
+
+def same(a, b):
+    left, right = a.flat(), b.flat()
+    return set(left) == set(right) and all(torch.equal(left[k], right[k]) for k in left) and all(
+        a.sites[s].scale == b.sites[s].scale and a.sites[s].marks == b.sites[s].marks for s in a.sites)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind, workers, options",
+    [
+        ("plain", 0, {"accumulate": 2, "eval_data": 0.2, "eval_every": 3}),
+        ("plain", 2, {"packing": True, "max_length": 48, "batch_size": 1}),
+        ("noisy", 0, {}),
+        ("adalora", 0, {}),
+    ],
+)
+def test_ten_and_ten_are_twenty(tmp_path, kind, workers, options):
+    whole, first = go(kind, tmp_path / "whole", workers=workers, **options)
+    _, half = go(kind, tmp_path / "parts", workers=workers, stop_at=10, **options)
+    assert half.stopped == "stop_at" and half.steps == 10
+    torch.randn(7)
+    rest, last = go(kind, tmp_path / "parts", workers=workers, resume="auto", **options)
+    assert last.losses == first.losses and last.evaluations == first.evaluations and last.steps == 20
+    assert same(whole, rest)
+    _, fresh = go(kind, tmp_path / "other", workers=workers, seed=5, **options)
+    assert fresh.losses != first.losses
+
+
+def test_a_data_loader_of_your_own_resumes(tmp_path):
+    from torch.utils.data import DataLoader, TensorDataset
+
+    x = torch.randn(26, 6, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(x, x.flip(1))
+
+    def run(output, **options):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 6))
+        ol.adapt(model, Method("plain", LoRA(r=2, dropout=0.1)), targets=["0", "2"])
+        report = ol.fit(model, DataLoader(data, batch_size=4, shuffle=True), steps=12, lr=1e-2, output=str(output),
+                        loss=lambda m, b: (m(b[0]) - b[1]).square().mean(), **options)  # fmt: skip
+        return ol.state(model), report
+
+    whole, first = run(tmp_path / "a")
+    run(tmp_path / "b", stop_at=9)
+    rest, last = run(tmp_path / "b", resume="auto")
+    assert last.losses == first.losses and same(whole, rest)
+
+
+def test_a_checkpoint_is_an_adapter(tmp_path):
+    state, report = go("plain", tmp_path)
+    model = tiny_llama()
+    ol.load(model, report.checkpoint)
+    assert same(ol.state(model), state)
+
+
+def test_newest_and_best_are_kept(tmp_path):
+    state, report = go("plain", tmp_path, save_every=4, keep=2, eval_data=0.2, eval_every=4, best="loss", lr=0.3)
+    kept = {p.name for p in checkpoint.found(tmp_path / "checkpoints")}
+    values = {e["step"]: e["loss"] for e in report.evaluations}
+    best = min(values, key=values.get)
+    if best:
+        assert report.best.endswith(f"step-{best:06d}") and report.best_value == values[best]
+        assert kept == {"step-000016", "step-000020", f"step-{best:06d}"}
+        model = tiny_llama()
+        ol.load(model, report.best)
+        assert same(ol.state(model), state)
+
+
+def test_patience(tmp_path):
+    _, report = go("plain", tmp_path, eval_data=0.2, eval_every=1, patience=2, lr=1e-9, best="perplexity")
+    assert report.stopped in ("patience", "done") and report.steps <= 20
+    with pytest.raises(BadValue, match="patience = 2 needs eval_data"):
+        go("plain", tmp_path, patience=2)
+    with pytest.raises(BadValue, match="save_every = 2 needs output"):
+        model = ol.adapt(tiny_llama(), how("plain"))
+        ol.fit(model, ROWS, tokenizer=tiny_tokenizer(), save_every=2)
+
+
+def test_wrong_checkpoints_are_refused(tmp_path):
+    go("plain", tmp_path, stop_at=2, steps=4)
+    (path,) = checkpoint.found(tmp_path / "checkpoints")
+    with pytest.raises(RunError, match="batch_size: 4 → 2"):
+        go("plain", tmp_path, steps=4, resume="auto", batch_size=2)
+    with pytest.raises(StateMismatch, match="another adapter"):
+        model = ol.adapt(tiny_llama(), how("plain"), targets=["mlp"])
+        ol.fit(model, ROWS, tokenizer=tiny_tokenizer(), batch_size=4, steps=4, lr=1e-2, output=str(tmp_path), resume="auto")
+    with pytest.raises(FileRefused, match="no checkpoint"):
+        go("plain", tmp_path, steps=4, resume=str(tmp_path / "nowhere"))
+    data = (path / checkpoint.TENSORS).read_bytes()
+    (path / checkpoint.TENSORS).write_bytes(data[: len(data) // 2])
+    with pytest.raises(FileRefused):
+        go("plain", tmp_path, steps=4, resume="auto")
+    (path / checkpoint.TENSORS).write_bytes(data)
+    body = json.loads((path / checkpoint.TRAINER).read_text())
+    body["body"] = {"items": []}
+    (path / checkpoint.TRAINER).write_text(json.dumps(body))
+    with pytest.raises(FileRefused, match="breaks the format"):
+        go("plain", tmp_path, steps=4, resume="auto")
+    assert not any(p.suffix in (".pt", ".bin", ".pkl") for p in tmp_path.rglob("*"))
+
+
+def test_resume_true_needs_a_checkpoint(tmp_path):
+    with pytest.raises(BadValue, match="holds no checkpoint"):
+        go("plain", tmp_path, resume=True)
