@@ -258,6 +258,9 @@ def _moved(tensors: Tensors, device: torch.device, dtype: torch.dtype | None) ->
 def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name: str, method: Method,
           scales: Mapping[str, float] | None = None) -> Hub:  # fmt: skip
     """Attach slots with the given tensors. Nothing has been touched before; the base is frozen from here on."""
+    for site, _ in sites:
+        if site.param:
+            site.store.prepare()
     hub = find_hub(model)
     if hub is None:
         hub = Hub()

@@ -6,8 +6,10 @@ New backends register a store with :func:`register`; nothing else in the library
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,9 @@ class Store(ABC):
 
     @abstractmethod
     def shape(self) -> tuple[int, ...]: ...
+
+    def prepare(self) -> None:
+        """Called once before an adapter is put on the layer."""
 
     def write(self, value: Tensor) -> None:
         raise NotMergeable(f"{type(self.layer).__name__}.{self.name} cannot be written.", "Merge into a dense copy.")
@@ -61,6 +66,9 @@ class Dense(Store):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.parameter.shape)
 
+    def prepare(self) -> None:
+        """Called once before an adapter is put on the layer."""
+
     def write(self, value: Tensor) -> None:
         with torch.no_grad():
             self.parameter.copy_(value.to(self.parameter.dtype))
@@ -75,7 +83,15 @@ def register(matches: Matcher, store: type[Store]) -> None:
     _backends.insert(0, (matches, store))
 
 
+@cache
+def _import_backends() -> None:
+    for module in ("omnilora.stores.nf4_layer", "omnilora.stores.foreign"):
+        importlib.import_module(module)
+
+
 def store_of(layer: nn.Module, name: str = "weight") -> Store:
+    """The store of a layer's parameter."""
+    _import_backends()
     for matches, store in _backends:
         if matches(layer, name):
             return store(layer, name)

@@ -1,0 +1,1 @@
+"""How base weights are held besides plain tensors. Importing this package registers its stores."""

@@ -173,13 +173,14 @@ def train(config: TrainConfig) -> FitReport:
     remember(parts.model, "default", parts.extra())
     home = Path(str(config.output))
     on_cpu = next(parts.model.parameters()).device.type == "cpu"
-    main = need("accelerate", "train").PartialState(cpu=on_cpu).is_main_process
-    if main:
+    process = need("accelerate", "train").PartialState(cpu=on_cpu)
+    if process.is_main_process:
         config.to_yaml(home / "config.yaml")
     report = _fit_rows(parts.model, parts.tokenizer, rows, held, labels, config, "default")
-    if main:
+    if process.is_main_process:
         save(parts.model, home / "adapter", "default")
         report.write(home / "report.json")
+    process.wait_for_everyone()
     return report
 
 
