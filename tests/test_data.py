@@ -234,21 +234,6 @@ def test_packed_rows_equal_the_rows_alone(tok):
     assert float(loss) == pytest.approx(float(reference), rel=1e-5)
 
 
-def test_models_that_mix_packed_rows_are_refused():
-    class Mixes(torch.nn.Module):
-        dtype = torch.float32
-
-        def __init__(self):
-            super().__init__()
-            self.e = torch.nn.Embedding(20, 4)
-
-        def forward(self, input_ids, position_ids=None, attention_mask=None):
-            return type("Out", (), {"logits": self.e(input_ids).cumsum(1)})
-
-    with pytest.raises(BadValue, match="mixes packed rows"):
-        packing_mode(Mixes(), 20)
-
-
 def test_order_is_a_permutation_that_wastes_little():
     lengths = [int(x) for x in torch.randint(5, 200, (1003,), generator=torch.Generator().manual_seed(0))]
     plan = order(lengths, 8, 0, 0)

@@ -1,20 +1,27 @@
-"""A run that stops and goes on is the run that never stopped, bit for bit."""
+"""A run that stops and goes on is the run that never stopped, bit for bit; two processes compute what one does."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import test_fit
 import torch
 from test_data import tiny_llama, tiny_tokenizer
 
 import omnilora as ol
 from omnilora.core.method import Method
 from omnilora.core.rule import Group, Rule
-from omnilora.errors import BadValue, FileRefused, RunError, StateMismatch
+from omnilora.errors import AttachError, BadValue, FileRefused, NeedsExtra, RunError, StateMismatch, UnknownName
 from omnilora.parameterizations.lora import LoRA
 from omnilora.training import checkpoint
 
+HERE = Path(__file__).parent
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven"]
 ROWS = [{"prompt": f"what is {a} plus {b}" + " good" * i, "completion": NUMBERS[(i * j) % 7]}
         for i, a in enumerate(NUMBERS[:5]) for j, b in enumerate(NUMBERS[:5])]  # fmt: skip
@@ -183,3 +190,95 @@ def test_wrong_checkpoints_are_refused(tmp_path):
 def test_resume_true_needs_a_checkpoint(tmp_path):
     with pytest.raises(BadValue, match="holds no checkpoint"):
         go("plain", tmp_path, resume=True)
+
+
+# -- processes, trackers, wrong use --------------------------------------------------------------------------------------
+
+
+_DDP = """
+import json, sys, warnings
+import torch
+sys.path.insert(0, sys.argv[1])
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+import test_fit
+from accelerate import PartialState
+made = []
+for size, accumulate in ((4, 1), (1, 4)):
+    grads, loss = test_fit.gradients(batch_size=size, accumulate=accumulate)
+    made.append({"loss": loss, "grads": {k: g.flatten().tolist() for k, g in grads.items()}})
+assert PartialState().num_processes == 2
+if PartialState().is_main_process:
+    json.dump(made, open(sys.argv[2], "w"))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    out = tmp_path / "two.json"
+    jobs = []
+    for rank in range(2):
+        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port),
+               "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+               "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
+        jobs.append(subprocess.Popen([sys.executable, "-c", _DDP, str(HERE), str(out)], env=env,
+                                     stderr=subprocess.PIPE, text=True))  # fmt: skip
+    for job in jobs:
+        _, said = job.communicate(timeout=120)
+        assert job.returncode == 0, said[-2000:]
+    one, loss = test_fit.gradients(batch_size=8)
+    for two in json.loads(out.read_text()):
+        assert two["loss"] == pytest.approx(loss, rel=1e-5)
+        for key, g in one.items():
+            assert (torch.tensor(two["grads"][key]) - g.flatten()).norm() <= 1e-5 * g.norm() + 1e-9, key
+
+
+def test_trackers_get_what_is_measured():
+    from accelerate.tracking import GeneralTracker
+
+    class Kept(GeneralTracker):
+        name, requires_logging_directory = "kept", False
+
+        def __init__(self):
+            super().__init__()
+            self.rows, self.config = [], None
+
+        @property
+        def tracker(self):
+            return self
+
+        def store_init_configuration(self, values):
+            self.config = values
+
+        def log(self, values, step, **_):
+            self.rows.append((step, values))
+
+    tracker = Kept()
+    test_fit.fitted(trackers=[tracker], steps=2, eval_data=ROWS[:2], eval_every=1)
+    assert tracker.config["lr"] == 1e-2
+    assert [s for s, v in tracker.rows if "loss" in v] == [1, 2]
+    assert [s for s, v in tracker.rows if "eval_perplexity" in v] == [0, 1, 2]
+
+
+def test_wrong_use_is_refused():
+    with pytest.raises(AttachError, match="no adapter"):
+        ol.fit(tiny_llama(), ROWS, tokenizer=tiny_tokenizer())
+    with pytest.raises(UnknownName, match="batch_size"):
+        test_fit.fitted(bath_size=3)
+    with pytest.raises(BadValue, match="there is no tokenizer"):
+        ol.fit(ol.adapt(tiny_llama(), test_fit.PLAIN), "rows.jsonl")
+    with pytest.raises(BadValue, match="max_length = 99, but the model takes 64"):
+        test_fit.fitted(max_length=99)
+    with pytest.raises(RunError, match="The loss is nan at update 1"):
+        net = ol.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), test_fit.PLAIN)
+        ol.fit(net, torch.randn(8, 4), loss=lambda m, b: m(b).sum() * float("nan"))
+    with pytest.raises(UnknownName, match="No tracker 'tensorbord'"):
+        test_fit.fitted(trackers=["tensorbord"])
+    with pytest.raises(NeedsExtra, match="comet_ml"):
+        test_fit.fitted(trackers=["comet_ml"])
+    with pytest.raises(BadValue, match="no such mode"):
+        net = ol.adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), test_fit.PLAIN)
+        ol.fit(net, torch.randn(8, 4), loss=lambda m, b: m(b).sum(), gradient_checkpointing=True)

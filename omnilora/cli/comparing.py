@@ -73,8 +73,8 @@ def about_run(path: Path) -> dict[str, Any]:
 def difference(a: AdapterState, b: AdapterState) -> dict[str, Any]:
     """How B differs from A: settings, and for every site of both ‖ΔA − ΔB‖ / ‖ΔA‖, largest first.
 
-    ``of`` says what was compared: "delta" is ΔW; "tensors" all of a site's tensors, where ΔW needs the base weight.
-    ``relative`` is None where A's is zero and B's is not.
+    ``of`` says what was compared: "delta" is ΔW; "tensors" all of a site's tensors, where ΔW needs the base weight;
+    "unlike": neither can be. ``relative`` is None there, and where A's is zero and B's is not.
     """
     both = [n for n in a.sites if n in b.sites]
     sites = sorted((_site(n, a, b) for n in both), key=lambda s: -_order(s["relative"]))
@@ -100,7 +100,8 @@ def _settings(a: AdapterState, b: AdapterState, both: list[str]) -> list[dict[st
     grouped: dict[str, dict[str, Any]] = {}
     for site in both:
         left, right = _flat(a.sites[site]), _flat(b.sites[site])
-        for name in sorted(set(left) | set(right)):
+        unlike = left["how.kind"] != right["how.kind"]
+        for name in sorted({"scale", "region", "how.kind"} if unlike else set(left) | set(right)):
             if left.get(name) != right.get(name):
                 key = json.dumps([name, left.get(name), right.get(name)], default=str)
                 row = grouped.setdefault(key, {"name": name, "a": left.get(name), "b": right.get(name), "sites": []})
@@ -131,7 +132,7 @@ def _site(name: str, a: AdapterState, b: AdapterState) -> dict[str, Any]:
         of = "tensors"
         x, y = _tensors(name, a), _tensors(name, b)
         if {k: t.shape for k, t in x.items()} != {k: t.shape for k, t in y.items()}:
-            return {"site": name, "of": "shapes", "relative": None, "norm_a": None, "difference": None}
+            return {"site": name, "of": "unlike", "relative": None, "norm_a": None, "difference": None}
         norm = math.sqrt(sum(float(t.square().sum()) for t in x.values()))
         gap = math.sqrt(sum(float((t - y[k]).square().sum()) for k, t in x.items()))
     relative = gap / norm if norm else (0.0 if gap == 0 else None)

@@ -67,9 +67,10 @@ def weights(model: nn.Module, held: Mapping[str, Any] | None) -> dict[str, int]:
 
 
 def _four_bits(numel: int, held: Mapping[str, Any]) -> int:
-    """Codes of half a byte, one scale a block: fp32, or a byte and an fp32 for each 256 of them."""
+    """Codes of half a byte, one scale a block: fp32, or a byte and an fp32 for each 256 of them, with the layer's
+    codebook of 256 scales and their offset."""
     blocks = -(-numel // int(held.get("blocksize", 64)))
-    return -(-numel // 2) + (blocks + 4 * -(-blocks // 256) if held.get("double", True) else 4 * blocks)
+    return -(-numel // 2) + (blocks + 4 * -(-blocks // 256) + 1028 if held.get("double", True) else 4 * blocks)
 
 
 def saved(site: Site, leaves: Mapping[str, Leaf], stuck: frozenset[str], rank: int, tokens: int) -> int:

@@ -28,7 +28,7 @@ def merged_folder(model: Any, tokenizer: Any, output: Path, probe: str, bound: f
     def outputs(m: Any) -> Tensor:
         return m(**batch)[0].float()
 
-    report = merge(model, keep="disk", probe=outputs, bound=bound, requantize=keep_quantized)
+    report = merge(model, keep="ram", probe=outputs, bound=bound, requantize=keep_quantized)
     unmerge(model)
     merge_and_unload(model, bound=float("inf"), requantize=keep_quantized)
     _note_quantizer(model)

@@ -69,8 +69,7 @@ _kept: MutableMapping[Tensor, tuple[tuple[int, bytes], Fingerprint]] = WeakTenso
 
 def fingerprint(site: Site) -> Fingerprint:
     """Computed once for each weight, again when its version or a sample of its bytes has changed."""
-    weight = site.store.parameter.detach()
-    flat = weight.flatten()
+    flat = next(iter(site.store.tensors().values())).detach().flatten()
     sample = flat[:: max(1, flat.numel() // 64)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
     mark = (site.store.parameter._version, sample)
     kept = _kept.get(site.store.parameter)

@@ -111,17 +111,22 @@ class Entry:
 
 
 _entries: dict[str, Entry] = {}
+_scanned = False
 
 
 def entries() -> dict[str, Entry]:
     """All methods by key."""
-    if not _entries:
+    global _scanned
+    if not _scanned:
         import omnilora.methods as home
+
+        _scanned = True
 
         for found in pkgutil.walk_packages(home.__path__, "omnilora.methods."):
             module = importlib.import_module(found.name)
             for card in _cards_in(module):
-                add_entry(card, getattr(module, card.key), getattr(module, "claims", None))
+                made = Entry(card, getattr(module, card.key), getattr(module, "claims", tuple))
+                _entries.setdefault(card.key, made)
     return _entries
 
 

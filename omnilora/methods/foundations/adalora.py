@@ -22,6 +22,10 @@ CARD = Card(
     defaults={"r": 12, "target": 8, "alpha": 16.0, "t_init": 0.1, "t_final": 0.5, "every": 10, "orthogonal": 0.1},
     cases=({"r": 4, "target": 2, "alpha": 6.0},),
     not_with={"lora_plus": "LoRA+'s rates would scale the sensitivity that ranks triplets."},
+    agreement=(
+        "PEFT 0.21.2, 40 updates of SGD: budget, pruned triplets and all tensors equal to 1e-5 at every step. PEFT also "
+        "prunes at step T − t_f where that is no multiple of ΔT; the official code does not, nor do we.",
+    ),
     differs=(
         "The regularizer is the unsquared norm averaged over all P and Q, as both public codes have it; "
         "orthogonal_form='paper' gives the squared sum.",

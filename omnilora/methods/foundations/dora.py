@@ -23,6 +23,7 @@ CARD = Card(
     tags=frozenset({"zero_at_init", "mergeable", "trains_lm", "rows"}),
     defaults={"r": 16, "alpha": 32.0, "dropout": 0.05},
     cases=({"r": 3, "alpha": 5.0}, {"r": 2, "alpha": 3.0, "detach_norm": False}),
+    agreement=("PEFT 0.21.2 (use_dora): forward and gradients of A, B and m equal to 2e-5 on the same tensors.",),
     differs=(
         "The norm is per output (dim 1 of PyTorch's (out, in)): the authors' answer to the paper's 'column-wise'.",
         "s stands inside the norm and the bias outside the product; AdapterHub's form leaves s out and scales the bias.",

@@ -22,6 +22,7 @@ CARD = Card(
     tags=frozenset({"zero_at_init", "mergeable", "low_rank", "additive", "scheduled", "trains_lm", "rows"}),
     defaults={"r": 8, "alpha": 16.0, "correction": False},
     cases=({"r": 3, "alpha": 5.0}, {"r": 2, "alpha": 3.0, "correction": True}),
+    agreement=("PEFT 0.21.2 (create_lorafa_optimizer): one corrected AdamW step equal within its bfloat16 product.",),
     differs=(
         "Version 1 of the paper only freezes A; the correction is from version 2 and off by default.",
         "PEFT's optimizer recomputes the inverse at each step and in bfloat16; here it is cached in fp32.",

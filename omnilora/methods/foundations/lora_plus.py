@@ -21,6 +21,7 @@ CARD = Card(
     tags=frozenset({"zero_at_init", "mergeable", "low_rank", "additive", "scheduled", "trains_lm", "rows"}),
     defaults={"r": 8, "alpha": 16.0, "ratio": 16.0},
     cases=({"r": 3, "alpha": 5.0, "ratio": 4.0},),
+    agreement=("PEFT 0.21.2 (create_loraplus_optimizer): the same tensors at the same rates.",),
     differs=(
         "Groups follow the roles of tensors, not their names; weight decay is the trainer's.",
         "Factors on embeddings use the absolute rate 1e-6, as the official code; embedding_lr=None gives them η and λη.",

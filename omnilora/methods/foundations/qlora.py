@@ -21,6 +21,7 @@ CARD = Card(
     tags=frozenset({"zero_at_init", "mergeable", "low_rank", "additive", "quantized", "trains_lm", "rows"}),
     defaults={"r": 64, "alpha": 16.0, "dropout": 0.0, "quant_type": "nf4", "double": True},
     cases=({"r": 3, "alpha": 5.0},),
+    agreement=("bitsandbytes 0.50.2: codes, scales, maps and JSON bit for bit (tests/test_nf4.py).",),
     differs=(
         "The codebook follows the code's quantiles, not the paper's formula, which does not give the shipped table.",
         "Second-level scales use the signed 8-bit dynamic map, as the code; the paper says FP8.",

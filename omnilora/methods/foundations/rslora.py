@@ -19,6 +19,7 @@ CARD = Card(
     tags=frozenset({"zero_at_init", "mergeable", "low_rank", "additive", "trains_lm", "rows"}),
     defaults={"r": 8, "alpha": 16.0},
     cases=({"r": 3, "alpha": 5.0},),
+    agreement=("PEFT 0.21.2 (use_rslora): forward and gradients equal to 1e-5 on the same tensors.",),
     differs=("There is no official code; every site uses its own rank in the root (rank overrides).",),
 )
 

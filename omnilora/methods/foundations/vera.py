@@ -21,6 +21,7 @@ CARD = Card(
     tags=frozenset({"zero_at_init", "mergeable", "low_rank", "additive", "shared", "trains_lm", "rows"}),
     defaults={"r": 256, "d_init": 0.1, "seed": 0},
     cases=({"r": 6, "d_init": 0.3},),
+    agreement=("PEFT 0.21.2: the drawn projections, forward and gradients of b and d equal to 2e-5.",),
     differs=(
         "A and B are drawn as PEFT draws them: one CPU generator, A first, at the largest shapes, then sliced.",
         "AdapterHub stores b and d as full square matrices and multiplies by α/r: not followed.",
