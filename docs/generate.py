@@ -73,7 +73,7 @@ def method_page(e: Entry) -> str:
         f"$$\n{card.equation}\n$$",
         f"Section: {card.section}. Kind: {card.kind}.",
         "## Use",
-        f"```text\nol.method({card.key!r})\nomnilora show {card.key}\nomnilora verify {card.key} --controls\n```",
+        f'```text\nol.method("{card.key}")\nomnilora show {card.key}\nomnilora verify {card.key} --controls\n```',
         "## Hyper-parameters",
         markdown(e.make.__doc__),
         table(("name", "type", "default"), hyper(e)),
@@ -135,7 +135,18 @@ def forms(how: Parameterization | None) -> Iterator[Parameterization]:
 def described(role: str, piece: Any) -> str:
     cls = type(piece)
     own = cls.__doc__ if cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}(") else ""
-    return f"{role} `{cls.__name__}` (`{cls.__module__}`)" + (f": {markdown(own).replace(chr(10) * 2, ' ')}" if own else "")
+    text, _, args = inspect.cleandoc(own).partition("\nArgs:\n")
+    head = f"{role} `{cls.__name__}` (`{cls.__module__}`)"
+    head += f": {markdown(text).replace(chr(10) * 2, ' ')}" if text else ""
+    return "\n".join([head, *(f"  - {line}" for line in arguments(args))])
+
+
+def arguments(text: str) -> Iterator[str]:
+    """``name: words`` of an Args section, continuation lines joined; what follows the section is left out."""
+    joined = re.sub(r"\n {5,}", " ", text.partition("\n\n")[0])
+    for line in filter(None, map(str.strip, joined.splitlines())):
+        name, _, words = line.partition(": ")
+        yield f"{', '.join(f'`{n.strip()}`' for n in name.split(','))}: {markdown(words)}"
 
 
 def index_page(found: Sequence[Entry]) -> str:

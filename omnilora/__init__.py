@@ -38,9 +38,7 @@ __all__ = [*sorted(_HOME), "methods", "errors"]
 
 def __getattr__(name: str) -> Any:
     if name == "methods":
-        from omnilora.core.method import Methods
-
-        return Methods()
+        return importlib.import_module("omnilora.methods")
     if name == "errors":
         return importlib.import_module("omnilora.errors")
     if name in _HOME:

@@ -118,7 +118,8 @@ def explain(
     rows, learning, still = _counted(sites, tensors)
     held = store if store is not None else made.store
     weights = counting.weights(model, held)
-    kept = sum(counting.saved(s, t, how.frozen(), how.rank(), batch_size * length) for (s, how), t in zip(sites, tensors))
+    tokens = batch_size * length
+    kept = sum(counting.saved(s, t, how.frozen(), how.rank(), tokens) for (s, how), t in zip(sites, tensors))
     state = counting.OPTIMIZERS[chosen] * learning
     base, trainable = sum(p.numel() for p in counting.shapes(model)), sum(r.trainable for r in rows)
     macs = counting.base_macs(model)
@@ -150,8 +151,9 @@ def _counted(sites: Plan, tensors: Sequence[Mapping[str, Leaf]]) -> tuple[list[S
             held = numel * (8 if wide else leaf.value.element_size())
             count[learns] += numel
             learning, still = (learning + held, still) if learns else (learning, still + held)
-        rows.append(SitePlan(site.name or "(model)", site.kind, site.role, type(how).__name__, (site.fan_out, site.fan_in),
-                             how.rank(), count[True], count[False], "tree", "No fused plans yet."))  # fmt: skip
+        rows.append(SitePlan(
+            site.name or "(model)", site.kind, site.role, type(how).__name__, (site.fan_out, site.fan_in), how.rank(),
+            count[True], count[False], "tree", "No fused plans yet."))  # fmt: skip
     return rows, learning, still
 
 
@@ -165,7 +167,8 @@ def _leaves(site: Site, how: Parameterization) -> dict[str, Leaf]:
             return dict(how.init(place).flat())
     except (NotImplementedError, RuntimeError) as error:
         raise NotExpressible(f"{site.name}: a {type(how).__name__} reads the weight's numbers to know its size "
-                             f"({' '.join(str(error).split())[:120]}).", "Adapt the model and count.") from error  # fmt: skip
+                             f"({' '.join(str(error).split())[:120]}).",
+                             "Adapt the model and count.") from error  # fmt: skip
 
 
 def _notes(method: Method, sites: Plan, held: Mapping[str, Any] | None) -> tuple[str, ...]:

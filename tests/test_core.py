@@ -128,7 +128,10 @@ def test_bad_hyper_parameters(model, hyper):
     assert ol.adapters(model) == []
 
 
-def test_unknown_method_and_hyper_name_the_nearest():
+def test_unknown_method_hyper_and_option_name_the_nearest(model):
+    with pytest.raises(errors.UnknownName, match="exclude"):
+        ol.adapt(model, L, exclud=["q_proj"])
+    assert ol.methods.dora(r=3).key == "dora" and "dora" in dir(ol.methods)
     with pytest.raises(errors.UnknownName, match="dora"):
         ol.method("drora")
     with pytest.raises(errors.UnknownName, match="alpha"):

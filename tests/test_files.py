@@ -214,3 +214,53 @@ def test_names_are_data(tmp_path):
     ol.save(model, tmp_path / "s", adapter="../x")
     ol.detach(model, "a.b")
     assert "a.b" not in ol.adapters(model) and len(ol.adapters(model)) == 8
+
+
+def test_every_kind_of_adapter_loads_in_a_fresh_process(tmp_path):
+    """Forms come with their methods' files; nothing has been imported there before."""
+    import subprocess
+
+    from omnilora.parameterizations.vera import VeRA
+
+    for key, hyper in [("molora", {"experts": 2}), ("dylora", {"r": 3}), ("relora", {"r": 2}), ("dora", {"inner": VeRA(4)})]:
+        torch.manual_seed(0)
+        model = Stack(8, 10).eval()
+        torch.save(model.state_dict(), tmp_path / "base.pt")
+        ol.adapt(model, ol.method(key, **hyper))
+        shake(model)
+        ol.save(model, tmp_path / key)
+        save_file({"y": model(torch.ones(2, 8)).detach()}, tmp_path / "y.safetensors")
+        code = (
+            "import torch, omnilora as ol; from omnilora.proofs import Stack; from safetensors.torch import load_file\n"
+            f"m = Stack(8, 10).eval(); m.load_state_dict(torch.load({str(tmp_path / 'base.pt')!r}))\n"
+            f"ol.load(m, {str(tmp_path / key)!r})\n"
+            f"assert torch.equal(m(torch.ones(2, 8)), load_file({str(tmp_path / 'y.safetensors')!r})['y'])"
+        )
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_xlora_is_saved_whole(tmp_path):
+    from omnilora.methods.frontiers.xlora import _world
+
+    torch.manual_seed(0)
+    model, experts, x, _ = _world()
+    paths = [ol.save_state(s, tmp_path / f"e{i}") for i, s in enumerate(experts)]
+    for given in (experts, [str(p) for p in paths]):
+        ol.adapt(model, ol.methods.xlora(adapters=given), name="mix")
+        shake(model, "mix", 0.1)
+        y = model(x)
+        ol.save(model, tmp_path / "mix", adapter="mix")
+        ol.detach(model)
+        [p.rename(p.with_name(p.name + "-gone")) for p in paths if given is not experts]
+        ol.load(model, tmp_path / "mix", "again")
+        assert torch.equal(model(x), y)
+        ol.detach(model)
+
+
+def test_saving_while_merged_is_refused(saved, tmp_path):
+    torch.manual_seed(0)
+    model = Stack(8, 10)
+    ol.adapt(model, ol.method("lora", r=2))
+    ol.merge(model)
+    with pytest.raises(errors.AttachError, match="unmerge"):
+        ol.save(model, tmp_path / "m")

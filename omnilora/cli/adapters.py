@@ -52,7 +52,8 @@ def _show_run(run: dict[str, Any]) -> None:
     print(f"run           {run['path']}, {'finished' if run['finished'] else 'not finished'}")
     print(f"model         {config['model']}\ndata          {config['data']}")
     if report is not None:
-        print(f"steps         {report['steps']} of {report['total_steps']} in {report['seconds']:.0f} s ({report['stopped']})")
+        print(f"steps         {report['steps']} of {report['total_steps']} in {report['seconds']:.0f} s "
+              f"({report['stopped']})")  # fmt: skip
         if report["last_loss"] is not None:
             print(f"loss          {report['first_loss']:.4f} → {report['last_loss']:.4f}")
         if report["evaluations"]:
@@ -108,7 +109,8 @@ def diff(
     for row in found["settings"]:
         where = "" if row["sites"] is None else f"  ({len(row['sites'])} sites)"
         print(f"  {row['name']}: {row['a']!r} → {row['b']!r}{where}")
-    for word, names in (("only in A", found["only_a"]), ("only in B", found["only_b"]), ("other base at", found["bases"])):
+    lists = {"only in A": found["only_a"], "only in B": found["only_b"], "other base at": found["bases"]}
+    for word, names in lists.items():
         if names:
             print(f"  {word}: {len(names)}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}")
     rows = found["sites"][:top]

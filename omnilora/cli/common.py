@@ -18,7 +18,8 @@ DONE, FAILED, BAD_INPUT = 0, 1, 2
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Sets = Annotated[list[str] | None, typer.Option(
-    "--set", metavar="KEY=VALUE", help="Set any configuration key, dotted for parts: hyper.r=16. Repeatable.")]  # fmt: skip
+    "--set", metavar="KEY=VALUE", help="Set any configuration key, dotted for parts: hyper.r=16. Repeatable.",
+)]  # fmt: skip
 
 
 def clean(value: Any) -> Any:

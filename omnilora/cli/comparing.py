@@ -24,7 +24,8 @@ def about(path: Path) -> dict[str, Any]:
         return about_run(path)
     if not path.is_dir():
         raise FileRefused(f"{path} is no folder.", "Give the folder of an adapter or of a run.")
-    raise FileRefused(f"{path} holds neither an adapter nor a run.", f"Expected {MANIFEST}, adapter_config.json or config.yaml.")
+    raise FileRefused(f"{path} holds neither an adapter nor a run.",
+                      f"Expected {MANIFEST}, adapter_config.json or config.yaml.")  # fmt: skip
 
 
 def about_adapter(path: Path) -> dict[str, Any]:

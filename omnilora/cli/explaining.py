@@ -48,8 +48,9 @@ def explain(
     from omnilora.cli.loading import configuration, skeleton
     from omnilora.core.method import method as by_name
 
-    made = configuration(config, sets, model=model, method=method, targets=target, exclude=exclude, unfreeze=unfreeze,
-                         task=task, batch_size=batch_size, max_length=length, load_in_4bit=load_in_4bit, dtype=dtype)  # fmt: skip
+    made = configuration(
+        config, sets, model=model, method=method, targets=target, exclude=exclude, unfreeze=unfreeze, task=task,
+        batch_size=batch_size, max_length=length, load_in_4bit=load_in_4bit, dtype=dtype)  # fmt: skip
     how = by_name(made.method, **made.hyper)
     with quiet_stdout(json):
         base = skeleton(made)
@@ -92,23 +93,25 @@ def render(found: Any, every: bool = False) -> str:
     figures = [
         ("method", f"{found.method}({hyper})"),
         ("model", f"{found.model}, {found.parameters:,} parameters"),
-        ("trainable", f"{found.trainable:,} ({100 * found.share:.3f} %)" + (f", frozen besides: {found.frozen:,}" * bool(found.frozen))),
+        ("trainable", f"{found.trainable:,} ({100 * found.share:.3f} %)"
+                      + (f", frozen besides: {found.frozen:,}" if found.frozen else "")),
         ("weights", ", ".join(f"{size(b)} {dtype}" for dtype, b in found.weights.items())),
         ("adapter", size(found.adapter)),
         ("gradients", size(found.gradients)),
         ("optimizer", f"{size(found.optimizer)} ({found.assumed['optimizer']})"),
-        ("activations", f"about {size(found.activations)} for {found.assumed['batch_size']} × {found.assumed['length']} "
-                        "tokens, kept by the adapter's backward pass alone"),
+        ("activations", f"about {size(found.activations)} for {found.assumed['batch_size']} × "
+                        f"{found.assumed['length']} tokens, kept by the adapter's backward pass alone"),
         ("total", f"about {size(found.total)}"),
         ("FLOPs", f"{found.flop_ratio:.4f} × the base's, a token, forward"),
-        *((f"for {name}", "yes" if answer["can"] else f"no: {answer['why']}") for name, answer in found.formats.items()),
+        *((f"for {name}", "yes" if answer["can"] else f"no: {answer['why']}")
+          for name, answer in found.formats.items()),
         *(("note", note) for note in found.notes),
     ]  # fmt: skip
     return layers + "\n\n" + "\n".join(f"{name:<14}{value}" for name, value in figures)
 
 
 def grouped(sites: Sequence[Any]) -> list[tuple[str, int, Any, int, int]]:
-    """(name with * for numbers, count, the first, trainable, frozen) of sites that differ in their layer's number only."""
+    """(name with * for numbers, count, the first, trainable, frozen) of sites that differ in a number only."""
     out: dict[tuple[Any, ...], list[Any]] = {}
     for s in sites:
         out.setdefault((re.sub(r"\d+", "*", s.name), s.kind, s.how, s.shape, s.rank), []).append(s)

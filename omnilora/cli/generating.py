@@ -16,6 +16,7 @@ from omnilora.errors import BadValue, DataError
 Adapter = Annotated[Path | None, typer.Option(help="The adapter's folder, or the folder of a run.")]
 Dtype = Annotated[str | None, typer.Option(help="Of the base: auto, fp32, bf16 or fp16.")]
 FourBit = Annotated[bool | None, typer.Option("--load-in-4bit", help="Hold the base in NF4.")]
+Prompts = Annotated[Path | None, typer.Option(help=".txt (one a line), or .jsonl, .csv, .parquet with prompts.")]
 New = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
 Heat = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share.")]
@@ -27,7 +28,7 @@ def generate(
     model: Model = None,
     adapter: Adapter = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; - reads one from stdin. Repeatable.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help=".txt (one a line), or .jsonl, .csv, .parquet with a prompt column.")] = None,
+    prompts: Prompts = None,
     max_new_tokens: New = 128,
     temperature: Heat = 0.0,
     top_p: TopP = 1.0,

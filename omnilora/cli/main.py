@@ -36,8 +36,9 @@ def _version(wanted: bool) -> None:
 @app.callback(invoke_without_command=True)
 def _top(
     ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-) -> None:
+    version: Annotated[bool, typer.Option(
+        "--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:  # fmt: skip
     """Low-rank adaptation: choose a method, train, measure, merge, export.
 
     \b

@@ -63,5 +63,6 @@ def _note_quantizer(model: Any) -> None:
     transformers = need("transformers", "train")
     loose = sorted({n for n, m in model.named_modules() if type(m) is torch.nn.Linear})
     model.config.quantization_config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=first.quant_type, bnb_4bit_use_double_quant=first.nested_absmax is not None,
+        load_in_4bit=True, bnb_4bit_quant_type=first.quant_type,
+        bnb_4bit_use_double_quant=first.nested_absmax is not None,
         bnb_4bit_compute_dtype=packed[0].compute_dtype, llm_int8_skip_modules=loose or None)  # fmt: skip

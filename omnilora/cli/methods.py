@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from omnilora.cli import cards
-from omnilora.cli.common import DONE, FAILED, AsJson, emit, table, warn
+from omnilora.cli.common import DONE, FAILED, AsJson, emit, quiet_stdout, table, warn
 from omnilora.errors import UnknownName, nearest
 
 IN_LIST = ("key", "title", "section", "kind", "tags", "purpose", "arxiv", "venue")
@@ -45,7 +45,8 @@ def list_methods(
     if json:
         emit([{name: c[name] for name in IN_LIST} for c in found])
         return
-    print(table(("key", "section", "kind", "purpose"), [(c["key"], c["section"], c["kind"], c["purpose"]) for c in found]))
+    columns = ("key", "section", "kind", "purpose")
+    print(table(columns, [[c[name] for name in columns] for c in found]))
     print(f"\n{len(found)} methods. Card of one: omnilora show KEY")
 
 
@@ -106,8 +107,8 @@ def verify(
     """
     from omnilora import verify as checks
 
-    show_live = not json
-    results = checks.verify(keys, section, controls, slow, _line if show_live else None)
+    with quiet_stdout(json):
+        results = checks.verify(keys, section, controls, slow, None if json else _line)
     bad = [r for r in results if not r.passed]
     if json:
         emit([r.as_dict() for r in results])

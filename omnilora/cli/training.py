@@ -66,10 +66,10 @@ def train(
         config = Path(output) / "config.yaml"
     made = configuration(
         config, sets, model=model, method=method, data=data, output=output, eval_data=_fraction(eval_data), task=task,
-        targets=target, exclude=exclude, unfreeze=unfreeze, bias=bias, epochs=epochs, steps=steps, batch_size=batch_size,
-        accumulate=accumulate, lr=lr, schedule=schedule, max_length=max_length, packing=packing, dtype=dtype,
-        load_in_4bit=load_in_4bit, gradient_checkpointing=gradient_checkpointing, seed=seed, threads=threads,
-        resume=resume or None)  # fmt: skip
+        targets=target, exclude=exclude, unfreeze=unfreeze, bias=bias, epochs=epochs, steps=steps,
+        batch_size=batch_size, accumulate=accumulate, lr=lr, schedule=schedule, max_length=max_length,
+        packing=packing, dtype=dtype, load_in_4bit=load_in_4bit, gradient_checkpointing=gradient_checkpointing,
+        seed=seed, threads=threads, resume=resume or None)  # fmt: skip
     with quiet_stdout(json):
         report = run(made)
     figures = {name: getattr(report, name) for name in IN_REPORT}

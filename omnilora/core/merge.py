@@ -196,8 +196,8 @@ def _write(name: str, layer: Any, site: Site, m: Tensor, offset: Tensor | None, 
         layer.adapters.merged[site.param] = kept = m.to(_compute_dtype(store))
     done.append((key, layer, site, writable))
     if offset is not None and layer._parameters.get("bias") is not None:
-        originals.add(f"{key}|bias", {"bias": layer.bias})
-        done.append((f"{key}|bias", layer, site, True))
+        originals.add(f"{key}|offset", {"bias": layer.bias})
+        done.append((f"{key}|offset", layer, site, True))
         with torch.no_grad():
             layer.bias.copy_(offset.to(layer.bias.dtype))
     g = torch.Generator().manual_seed(0)
@@ -220,7 +220,7 @@ def _restore(done: list[Any], originals: Originals) -> None:
         for key, layer, site, writable in done:
             if not writable:
                 layer.adapters.merged.pop(site.param, None)
-            elif key.endswith("|bias"):
+            elif key.endswith("|offset"):
                 layer.bias.copy_(originals.get(key)["bias"])
             else:
                 for t, old in zip(site.store.tensors().values(), originals.get(key).values(), strict=True):
@@ -244,7 +244,7 @@ def unmerge(model: nn.Module) -> None:
                     table.setdefault(f"{n}|{s.site.key}", (layer, s.site))
     done = []
     for key in keys:
-        layer, site = table[key.removesuffix("|bias")]
+        layer, site = table[key.removesuffix("|offset")]
         done.append((key, layer, site, key in originals.items))
     _restore(done, originals)
     hub.merged = ()

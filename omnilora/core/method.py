@@ -157,7 +157,7 @@ def method(key: str, **hyper: Any) -> Method:
     if made.parameterization is not None:
         made.parameterization.check()
     full = {n: hyper.get(n, p.default) for n, p in allowed.items()}
-    return Method(**{**{f: getattr(made, f) for f in made.__dataclass_fields__}, "key": key, "hyper": full})
+    return Method(**{**{f: getattr(made, f) for f in made.__dataclass_fields__}, "key": key, "hyper": {**full, **made.hyper}})
 
 
 def prepare(model: nn.Module, made: Method, batches: Sequence[Any], loss: Callable[[nn.Module, Any], Tensor],

@@ -212,6 +212,29 @@ class Parameterization(ABC):
         return W + self.delta(p, ctx)
 
 
+@dataclass(frozen=True)
+class Wrapper(Parameterization):
+    """A form around another one, whose tensors it nests under ``inner``; hyper-parameters follow the inner form."""
+
+    inner: Parameterization
+
+    @property
+    def exact_gradient(self) -> bool:
+        return self.inner.exact_gradient
+
+    def check(self) -> None:
+        self.inner.check()
+
+    def rank(self) -> int:
+        return self.inner.rank()
+
+    def first_scale(self, site: Site) -> float:
+        return self.inner.first_scale(site)
+
+    def frozen(self) -> frozenset[str]:
+        return frozenset(f"inner.{n}" for n in self.inner.frozen())
+
+
 def is_additive(how: Parameterization) -> bool:
     return type(how).adapt is Parameterization.adapt
 
@@ -233,6 +256,10 @@ def from_config(data: Any) -> Parameterization:
     if not isinstance(data, dict) or "kind" not in data:
         raise BadValue(f"{data!r} is no parameterization.", "It needs a field 'kind'.")
     known = Parameterization.known
+    if data["kind"] not in known:
+        from omnilora.core.method import entries
+
+        entries()  # a form comes with its method's file
     if data["kind"] not in known:
         raise UnknownName(f"No parameterization {data['kind']!r}.", nearest(str(data["kind"]), known))
     cls = known[data["kind"]]

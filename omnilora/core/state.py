@@ -76,6 +76,9 @@ def state(model: nn.Module, adapter: str | None = None, *, with_base: bool = Tru
 
     name = _the_adapter(model, adapter)
     hub = hub_of(model)
+    if hub.merged:
+        raise AttachError("The model is merged: its weights are not the base that the adapter belongs to.",
+                          "Call ol.unmerge(model) first.")  # fmt: skip
     method: Method = hub.values["methods"][name]
     sites: dict[str, SiteState] = {}
     pool: dict[str, Tensor] = {}
@@ -148,7 +151,7 @@ def load_state(model: nn.Module, state: AdapterState, name: str = "default", *, 
     from omnilora.core.method import entries, method as by_name
 
     if state.method in entries():
-        method = by_name(state.method, **dict(state.hyper))
+        method = by_name(state.method, **{k: _back(v) for k, v in state.hyper.items()})
     placed = place(model, plan, made, name, method, {n: s.scale for n, s in state.sites.items()})
     for slot in slots(model, name):
         slot.marks.update(state.sites[slot.site.name].marks)
@@ -158,6 +161,11 @@ def load_state(model: nn.Module, state: AdapterState, name: str = "default", *, 
         placed.needs_run[name] = method.key
     activate(model, name)
     return report
+
+
+def _back(value: Any) -> Any:
+    """A hyper-parameter as it was before it became JSON."""
+    return from_config(value) if isinstance(value, dict) and "kind" in value else value
 
 
 def _peers(plan: list[tuple[Site, Parameterization]]) -> None:

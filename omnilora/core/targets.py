@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
 
 from omnilora.core.site import Site, called_site, inner_reads, is_linear, read_site, role_of
-from omnilora.errors import BadValue, TargetError, nearest
+from omnilora.errors import BadValue, TargetError, UnknownName, nearest
 
 ROLE_WORDS = ("attention", "mlp", "head", "router", "embedding", "norm", "other")
 DEFAULT = ("all-linear",)
@@ -49,6 +49,10 @@ def targets_from(value: Targets | str | Sequence[str] | None, **changes: Any) ->
         made = value
     else:
         made = Targets(include=(value,) if isinstance(value, str) else tuple(value))
+    known = {f.name for f in fields(Targets)}
+    for key in changes:
+        if key not in known:
+            raise UnknownName(f"No option {key!r} of targets.", nearest(key, known))
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items() if v is not None}
     made = replace(made, **given)
     if made.bias not in ("none", "all", "lora_only"):

@@ -8,25 +8,22 @@ from typing import Any
 from omnilora.core.context import Context
 from omnilora.core.full import Dense
 from omnilora.core.op import Op
-from omnilora.core.parameterization import Parameterization, Slot, Tensors, own, zeros
+from omnilora.core.parameterization import Parameterization, Slot, Tensors, Wrapper, own, zeros
 from omnilora.core.site import Site
 from omnilora.parameterizations.lora import LoRA
 
 
 @dataclass(frozen=True)
-class Accumulated(Parameterization):
+class Accumulated(Wrapper):
     """``acc`` (out, in) holds what restarts have folded; it does not learn by gradient."""
 
     inner: Parameterization = LoRA()
 
-    def check(self) -> None:
-        self.inner.check()
-
-    def first_scale(self, site: Site) -> float:
-        return self.inner.first_scale(site)
-
     def frozen(self) -> frozenset[str]:
-        return frozenset({"acc", *(f"inner.{n}" for n in self.inner.frozen())})
+        return super().frozen() | {"acc"}
+
+    def rank(self) -> int:
+        return 0
 
     def init(self, site: Site, seen: Any = None) -> Tensors:
         return Tensors(inner=self.inner.init(site, seen), acc=own(zeros(site.fan_out, site.fan_in)))

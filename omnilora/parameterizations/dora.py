@@ -7,13 +7,13 @@ from typing import Any
 
 from omnilora.core.context import Context
 from omnilora.core.op import Op, chain
-from omnilora.core.parameterization import Parameterization, Slot, Tensors, magnitude
+from omnilora.core.parameterization import Parameterization, Slot, Tensors, Wrapper, magnitude
 from omnilora.core.site import Site
 from omnilora.parameterizations.lora import LoRA
 
 
 @dataclass(frozen=True)
-class DoRA(Parameterization):
+class DoRA(Wrapper):
     """A wrapper over any additive parameterization. The norm is constant in the backward pass unless told."""
 
     inner: Parameterization = LoRA()
@@ -23,18 +23,6 @@ class DoRA(Parameterization):
     @property
     def exact_gradient(self) -> bool:
         return not self.detach_norm and self.inner.exact_gradient
-
-    def check(self) -> None:
-        self.inner.check()
-
-    def rank(self) -> int:
-        return self.inner.rank()
-
-    def first_scale(self, site: Site) -> float:
-        return self.inner.first_scale(site)
-
-    def frozen(self) -> frozenset[str]:
-        return frozenset(f"inner.{n}" for n in self.inner.frozen())
 
     def init(self, site: Site, seen: Any = None) -> Tensors:
         return Tensors(inner=self.inner.init(site, seen), m=magnitude(site.W.sq_norm().detach().sqrt()))

@@ -54,8 +54,8 @@ def xlora(
     read: str = "",
 ) -> Method:
     """``adapters``: folders or states of the experts. Only the head that predicts the scalings learns."""
-    if not adapters:
-        return Method("xlora", None)
+    if all(isinstance(a, str) and a.startswith("sha256:") for a in adapters):
+        return Method("xlora", None)  # a saved adapter holds its experts; it names them by content
     states = [a if isinstance(a, AdapterState) else load_file(a) for a in adapters]
     names = tuple(dict.fromkeys(n for s in states for n in s.sites))
     ranks = tuple(_rank(s) for s in states)
@@ -76,7 +76,8 @@ def xlora(
             slot.B.copy_(b)
 
     source = LastHiddenGates(len(states), names, depth, hidden, dropout, softmax, temperature, top_k, layerwise, read)
-    return Method("xlora", Experts(ranks), targets=Targets(include=names), source=source, fill=fill)
+    return Method("xlora", Experts(ranks), targets=Targets(include=names), source=source, fill=fill,
+                  hyper={"adapters": tuple(f"sha256:{s.content()}" for s in states)})  # fmt: skip
 
 
 def _rank(s: AdapterState) -> int:
