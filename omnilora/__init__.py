@@ -30,7 +30,7 @@ _HOME = {
     "prepare": "core.method",
     "train": "training.fit", "TrainConfig": "training.config", "evaluate": "training.evaluate",
     "generate": "training.evaluate", "stream": "training.evaluate", "load_trained": "training.models",
-    "explain": "explain", "fit": "training.fit", "export": "io.export", "quantize": "stores.nf4_layer",
+    "explain": "explanation", "fit": "training.fit", "export": "io.export", "quantize": "stores.nf4_layer",
 }  # fmt: skip
 
 __all__ = [*sorted(_HOME), "methods", "errors"]

@@ -14,7 +14,7 @@ import omnilora as ol
 from omnilora.errors import BadValue, TargetError, UnknownName
 
 transformers = pytest.importorskip("transformers")
-explain = importlib.import_module("omnilora.explain").explain
+explain = importlib.import_module("omnilora.explanation").explain
 
 CONFIG = transformers.LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                                   num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)  # fmt: skip

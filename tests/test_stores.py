@@ -62,7 +62,8 @@ def test_own_four_bits(tmp_path, key):
     use(model, torch.randn(4, 128), tmp_path, key)
 
 
-def test_requantizing_merge_restores_every_byte():
+@pytest.mark.parametrize("keep", ["ram", "disk"])
+def test_requantizing_merge_restores_every_byte(keep):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 64, bias=False)).eval()
     quantize(model)
@@ -74,7 +75,7 @@ def test_requantizing_merge_restores_every_byte():
     with pytest.raises(ol.errors.MergeRefused):
         ol.merge(model, requantize=True, bound=1e-4)
     assert all(torch.equal(v, before[k]) for k, v in ol.base_state_dict(model).items())
-    report = ol.merge(model, requantize=True, bound=0.5)
+    report = ol.merge(model, requantize=True, bound=0.5, keep=keep)
     assert report.layers[0].written and 0.01 < report.largest < 0.2
     assert any(not torch.equal(v, before[k]) for k, v in ol.base_state_dict(model).items())
     ol.unmerge(model)

@@ -223,8 +223,9 @@ def _restore(done: list[Any], originals: Originals) -> None:
             elif key.endswith("|offset"):
                 layer.bias.copy_(originals.get(key)["bias"])
             else:
-                for t, old in zip(site.store.tensors().values(), originals.get(key).values(), strict=True):
-                    t.copy_(old)
+                old = originals.get(key)
+                for name, t in site.store.tensors().items():
+                    t.copy_(old[name])
 
 
 def unmerge(model: nn.Module) -> None:

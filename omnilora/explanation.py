@@ -6,8 +6,6 @@ the meta device from shapes.
 
 from __future__ import annotations
 
-import sys
-import types
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from omnilora.cli import counting
+from omnilora import counting
 from omnilora.core import method as methods
 from omnilora.core.attach import Plan, TiedUse, plan
 from omnilora.core.full import Full
@@ -226,13 +224,3 @@ def _zeros(model: nn.Module, method: Method, sites: Plan, tensors: Sequence[Mapp
             {n: f.shared for n, f in leaves.items() if f.shared is not None}, site.region,
             {STORED: facts(site, paths=paths, tied=tied)} if site.param else {})  # fmt: skip
     return AdapterState(method.key, dict(method.hyper), made, pool)
-
-
-class _Callable(types.ModuleType):
-    """``import omnilora.explain`` binds this module over ``ol.explain``, the function: both may be called."""
-
-    def __call__(self, *args: Any, **options: Any) -> Explanation:
-        return explain(*args, **options)
-
-
-sys.modules[__name__].__class__ = _Callable
