@@ -66,13 +66,14 @@ def saved_bytes(model: nn.Module, ids: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         x = model.get_input_embeddings()(ids).detach().requires_grad_()
-        model(inputs_embeds=x, labels=ids).loss
+        loss = model(inputs_embeds=x, labels=ids).loss
+    del loss
     return sum(kept.values())
 
 
 def interleave(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for name, run in variants.items():
+    for run in variants.values():
         run()
     for _ in range(rounds):
         for name, run in variants.items():

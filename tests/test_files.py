@@ -1,5 +1,6 @@
 """Files: byte-identical, atomic, proven against the base; hostile ones refused with a typed error, cheaply."""
 
+import contextlib
 import json
 import os
 import random
@@ -177,10 +178,8 @@ def test_a_thousand_mutations_give_typed_errors_or_the_same_adapter(saved):
         else:
             raw[at : at + 8] = rng.randbytes(8)
         f.write_bytes(bytes(raw))
-        try:
+        with contextlib.suppress(errors.OmniloraError):
             assert ol.load_file(path).content() == want
-        except errors.OmniloraError:
-            pass
         f.write_bytes(files[f])
 
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from omnilora.core.context import EMPTY, ActiveSet, CheckpointContext, Context, Hub, RowSpec, row_groups
+from omnilora.core.full import Full
 from omnilora.core.layer import Adapted, Adapters, attach_layer, detach_layer
 from omnilora.core.method import Method
 from omnilora.core.parameterization import Parameterization, Slot, Tensors, where_field
 from omnilora.core.site import Site, called_site, is_linear, source_site
 from omnilora.core.targets import Targets, check_overrides, find_sites, matches, override_for, own_sites, targets_from
 from omnilora.errors import AttachError, BadValue, RunError, TargetError, UnknownName, nearest
-from omnilora.core.full import Full
 
 Plan = list[tuple[Site, Parameterization]]
 

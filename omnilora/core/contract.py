@@ -26,7 +26,6 @@ from omnilora.core.layer import build
 from omnilora.core.method import Entry, Method
 from omnilora.core.op import Op
 from omnilora.core.parameterization import Parameterization, from_config, is_additive, to_config
-from omnilora.core.rule import Rule
 from omnilora.core.site import Base
 from omnilora.core.state import AdapterState, Combine
 from omnilora.errors import NotExpressible, NotMergeable

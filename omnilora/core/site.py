@@ -260,9 +260,9 @@ class BaseLinear(Op):
         from omnilora.core.store import Dense
 
         base = self.base
-        if base.y is None or base.x is not x:
-            if isinstance(base.site.store, Dense):
-                return geo.full(x, base.matrix(geo))
+        known = base.y is not None and base.x is x
+        if not known and isinstance(base.site.store, Dense):
+            return geo.full(x, base.matrix(geo))
         y = base.apply(x, geo)
         return y - like(base.offset, y)  # type: ignore[arg-type]
 
@@ -278,8 +278,12 @@ def replaced(base: Op, m: Tensor) -> Op:
 # -- kinds of layers ---------------------------------------------------------------------------------------------------
 
 _ATTENTION = re.compile(r"attn|attention|(^|[._])(q|k|v|o|qkv)_?(proj|lin)?$|query|key|value", re.I)
-_MLP = re.compile(r"mlp|ffn|feed_?forward|intermediate|experts?|(^|\.)fc\d?$|linear[12]$|(gate|up|down)_proj|(^|\.)w[123]$", re.I)  # fmt: skip
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|score|classifier|head|heads|output_layer|qa_outputs|cls|decoder\.bias|logits)($|\.)")  # fmt: skip
+_MLP = re.compile(
+    r"mlp|ffn|feed_?forward|intermediate|experts?|(^|\.)fc\d?$|linear[12]$|(gate|up|down)_proj|(^|\.)w[123]$", re.I
+)
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|score|classifier|head|heads|output_layer|qa_outputs|cls|decoder\.bias|logits)($|\.)"
+)
 _ROUTER = re.compile(r"(^|\.)(router|gate|wg|switch|gating)(\.classifier|\.linear|\.layer|\.weight)?$")
 
 

@@ -148,7 +148,8 @@ def load_state(model: nn.Module, state: AdapterState, name: str = "default", *, 
             raise BaseMismatch(f"The adapter was made for another base: weights differ by {verdict.distance:.3g} relative "
                                f"(worst at {verdict.worst}).", "Load it on its own base, or pass check_base=False.")  # fmt: skip
     method = Method(state.method, None, hyper=dict(state.hyper))
-    from omnilora.core.method import entries, method as by_name
+    from omnilora.core.method import entries
+    from omnilora.core.method import method as by_name
 
     if state.method in entries():
         method = by_name(state.method, **{k: _back(v) for k, v in state.hyper.items()})

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from omnilora.core.attach import disabled
 from omnilora.core.context import Context
 from omnilora.core.op import Gate, Op, chain, softmax
-from omnilora.core.parameterization import Parameterization, Slot, Tensors, input_side, kaiming, output_side, router, zeros
+from omnilora.core.parameterization import (
+    Parameterization,
+    Slot,
+    Tensors,
+    input_side,
+    kaiming,
+    output_side,
+    router,
+    zeros,
+)
 from omnilora.core.site import Site, role_of
 from omnilora.errors import BadValue, ContextError
 

@@ -83,7 +83,7 @@ class Budget(Rule):
     def scores(self, slot: Slot) -> Tensor:
         """S (r,) of the triplets of one site."""
         total = torch.zeros_like(_core(slot)[1])
-        for name, w in slot.by_role("input", "output", "core"):
+        for name, _ in slot.by_role("input", "output", "core"):
             key = f"{slot.site.name}:{name}"
             s = self.mean[key] * self.spread[key]
             role = slot.roles[name]

@@ -14,7 +14,8 @@ CARD = Card(
     title="AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
     section="foundations",
     kind="schedule",
-    equation=r"W' = W + \frac{\alpha}{r} P\,\mathrm{diag}(\lambda)\,Q,\quad \lambda_i \leftarrow 0 \text{ outside the } b(t) \text{ largest scores}",
+    equation=r"W' = W + \frac{\alpha}{r} P\,\mathrm{diag}(\lambda)\,Q,\quad "
+    r"\lambda_i \leftarrow 0 \text{ outside the } b(t) \text{ largest scores}",
     purpose="Singular triplets compete across all layers for a rank budget that shrinks on a cubic schedule.",
     arxiv="2303.10512",
     venue="ICLR 2023",

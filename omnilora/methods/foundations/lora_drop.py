@@ -23,7 +23,8 @@ CARD = Card(
     title="LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluation",
     section="foundations",
     kind="procedure",
-    equation=r"I_i = \frac{\sum_x \lVert \Delta W_i x \rVert^2}{\sum_j \sum_x \lVert \Delta W_j x \rVert^2};\quad \text{keep the prefix of descending } I \text{ with } \textstyle\sum I \ge T",
+    equation=r"I_i = \frac{\sum_x \lVert \Delta W_i x \rVert^2}{\sum_j \sum_x \lVert \Delta W_j x \rVert^2};\quad "
+    r"\text{keep the prefix of descending } I \text{ with } \textstyle\sum I \ge T",
     purpose="Trains a probe on a sample, gives the sites with large outputs their own LoRA and all others one shared pair.",
     arxiv="2402.07721",
     venue="COLING 2025",

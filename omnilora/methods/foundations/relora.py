@@ -14,7 +14,8 @@ CARD = Card(
     title="ReLoRA: High-Rank Training Through Low-Rank Updates",
     section="foundations",
     kind="schedule",
-    equation=r"W' = W + \Delta_{acc} + \frac{\alpha}{r} B A;\quad \text{every } K:\ \Delta_{acc} \mathrel{+}= \tfrac{\alpha}{r} BA,\ A \sim \text{Kaiming},\ B = 0",
+    equation=r"W' = W + \Delta_{acc} + \frac{\alpha}{r} B A;\quad "
+    r"\text{every } K:\ \Delta_{acc} \mathrel{+}= \tfrac{\alpha}{r} BA,\ A \sim \text{Kaiming},\ B = 0",
     purpose="LoRA that is folded and redrawn every K updates, with optimizer surgery and a re-warm-up: high-rank training.",
     arxiv="2307.05695",
     venue="ICLR 2024",
