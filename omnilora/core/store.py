@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -83,15 +82,20 @@ def register(matches: Matcher, store: type[Store]) -> None:
     _backends.insert(0, (matches, store))
 
 
-@cache
+_imported = False
+
+
 def _import_backends() -> None:
+    global _imported
+    _imported = True
     for module in ("omnilora.stores.nf4_layer", "omnilora.stores.foreign"):
         importlib.import_module(module)
 
 
 def store_of(layer: nn.Module, name: str = "weight") -> Store:
     """The store of a layer's parameter."""
-    _import_backends()
+    if not _imported:
+        _import_backends()
     for matches, store in _backends:
         if matches(layer, name):
             return store(layer, name)
