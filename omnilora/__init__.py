@@ -27,7 +27,7 @@ _HOME = {
     "Targets": "core.targets", "Rule": "core.rule", "Parameterization": "core.parameterization",
     "check_parameterization": "core.contract", "check_rule": "core.contract", "check_combine": "core.contract",
     "check_method": "core.contract",
-    "prepare": "core.method",
+    "prepare": "core.method", "combine": "core.method",
     "train": "training.fit", "TrainConfig": "training.config", "evaluate": "training.evaluate",
     "generate": "training.evaluate", "stream": "training.evaluate", "load_trained": "training.models",
     "explain": "explanation", "fit": "training.fit", "export": "io.export", "quantize": "stores.nf4_layer",

@@ -299,17 +299,18 @@ def test_a_layer_whose_weight_is_read_is_named():
     net(torch.randn(2, 4))
 
 
-def test_resized_and_replaced_layers_are_noticed(model, ids):
+def test_resized_and_replaced_layers_are_noticed(model, ids, tmp_path):
     ol.adapt(model, L, ["q_proj", "k_proj"])
+    model(ids)
     model.layers[0].q_proj = nn.Linear(8, 8)
-    ol.activate(model, "default")
-    with pytest.raises(errors.AttachError, match=r"layers\.0\.q_proj"):
-        model.layers[0].q_proj = nn.Linear(8, 8)
-        from omnilora.core.attach import hub_of
-
-        hub_of(model).values["planned"] = ["layers.0.q_proj"]
-        hub_of(model).changed()
-        model(ids)
+    for act in (lambda: ol.save(model, tmp_path / "a"), lambda: ol.start(model, total_steps=1), lambda: model.train()(ids)):
+        with pytest.raises(errors.AttachError, match=r"layers\.0\.q_proj"):
+            act()
+    other = Model(tied=False)
+    ol.adapt(other, L, ["embed_tokens"])
+    other.embed_tokens.weight = nn.Parameter(torch.zeros(20, 8))
+    with pytest.raises(errors.AttachError, match="resized"):
+        other(ids)
 
 
 def test_instance_forward_is_the_inner_forward(model, ids):

@@ -79,7 +79,8 @@ def plan(model: nn.Module, method: Method, targets: Targets) -> Plan:
     if method.source is not None:
         out.append((source_site(model), method.source))
     if not out:
-        raise TargetError(f"Method {method.key!r} has nothing to adapt.", "Give targets or unfreeze patterns.")
+        raise TargetError(f"Method {method.key!r} has nothing to adapt.",
+                          "Give targets or unfreeze patterns; methods that combine adapters go through ol.combine.")  # fmt: skip
     for _, made in out:
         made.check()
     _warn_rank(out)
@@ -260,6 +261,9 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
     """Attach slots with the given tensors. Nothing has been touched before; the base is frozen from here on."""
     for site, _ in sites:
         if site.param:
+            if type(site.store.parameter).__name__ == "DTensor":
+                raise AttachError(f"{site.name} is sharded already: its adapter's gradients would not be reduced.",
+                                  "Adapt before fully_shard or parallelize_module.")  # fmt: skip
             site.store.prepare()
     hub = find_hub(model)
     if hub is None:
@@ -289,7 +293,7 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
         made[site.name] = slot
     _slow_paths(model)
     hub.add(name)
-    hub.values.setdefault("methods", {})[name] = dataclasses.replace(method, store=None, fill=None, prepare=None)
+    hub.values.setdefault("methods", {})[name] = dataclasses.replace(method, store=None, fill=None, prepare=None, combine=None)
     return hub
 
 
@@ -316,6 +320,8 @@ def _entry(model: nn.Module, args: Any, kwargs: Any) -> None:
     ctx = hub.context()
     if torch.is_grad_enabled() and not ctx.recomputed:
         hub.rowed = ctx.rows is not None
+    if hub.mode != model.training:
+        hub.mode, hub.visits = model.training, set()
     if hub.visits is not None:
         check(model)
         hub.visits = set()

@@ -87,6 +87,7 @@ class Hub:
         self.values: dict[str, Any] = {}  # what rules set for coming forwards: a drawn rank, a step
         self.run: Any = None
         self.needs_run: dict[str, str] = {}  # adapter → method whose rules need a run
+        self.mode: bool | None = None  # train or eval at the last forward
         self.rowed = False  # whether the last training forward had rows of its own
         self.visits: set[str] | None = None  # None: every active site has been seen since the last change
         self.emitted: list[tuple[str, str, Tensor]] = []

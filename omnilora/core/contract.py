@@ -29,6 +29,7 @@ from omnilora.core.parameterization import Parameterization, from_config, is_add
 from omnilora.core.site import Base
 from omnilora.core.state import AdapterState, Combine
 from omnilora.errors import NotExpressible, NotMergeable
+from omnilora.parameterizations.lora import LoRA
 
 KINDS = ("linear", "conv", "embedding", "transposed", "slice", "nf4")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -413,6 +414,21 @@ def check_combine(combine: Combine, states: Sequence[AdapterState], weights: Seq
     return made
 
 
+def _combines(method: Method) -> None:
+    """The combination of two adapters loads on their model, and of one adapter at weight 1 is that adapter."""
+    model = adapted(LoRA(3, 5.0), "linear", torch.float32, "a")
+    attach.adapt(model, Method("contract", LoRA(2, 3.0)), [model.target], name="b")
+    shake(model, "b", 0.2)
+    assert method.combine is not None
+    x = model.sample()
+    attach.activate(model, "a")
+    alone = model(x)
+    made = check_combine(method.combine, [state.state(model, "a"), state.state(model, "b")], [0.5, 2.0])
+    state.load_state(model, made, "both")
+    state.load_state(model, check_combine(method.combine, [state.state(model, "a")], [1.0]), "one")
+    close(model(x), alone, 1e-5, "the combination of one adapter")
+
+
 def checks_for(entry: Entry, kinds: Sequence[str] = KINDS, compile: bool = True) -> Iterator[Check]:
     """All checks of a method, over the cases of its card."""
     for number, case in enumerate(entry.card.cases):
@@ -420,6 +436,8 @@ def checks_for(entry: Entry, kinds: Sequence[str] = KINDS, compile: bool = True)
         if made.parameterization is not None:
             for check in parameterization_checks(made.parameterization, entry.card.tags, kinds, compile=compile):
                 yield Check(f"{entry.card.key}-{number}-{check.name}", check.run)
+        if made.combine is not None:
+            yield Check(f"{entry.card.key}-{number}-combine", lambda m=made: _combines(m))  # type: ignore[misc]
         if made.rules:
             yield Check(f"{entry.card.key}-{number}-rules", lambda m=made: check_rule(m))  # type: ignore[misc]
 

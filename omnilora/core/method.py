@@ -97,6 +97,7 @@ class Method:
     store: Callable[[nn.Module], Any] | None = None
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     source: Parameterization | None = None
+    combine: Callable[..., Any] | None = None  # (states, weights) → state, for methods that make adapters of adapters
     fill: Callable[[Slot], None] | None = None
     prepare: Callable[..., tuple[Method, Targets | None]] | None = None
 
@@ -170,6 +171,15 @@ def prepare(model: nn.Module, made: Method, batches: Sequence[Any], loss: Callab
     Returns: the method and targets to pass to ``ol.adapt``; methods that need no data come back as they are.
     """
     return (made, targets) if made.prepare is None else made.prepare(model, made, batches, loss, targets)
+
+
+def combine(made: Method | str, states: Sequence[Any], weights: Sequence[float]) -> Any:
+    """A new adapter state from others: ``ol.combine("lora_sum", [a, b], [0.5, 0.5])``."""
+    made = method(made) if isinstance(made, str) else made
+    if made.combine is None:
+        able = [c.key for c in cards() if "combines" in c.tags]
+        raise BadValue(f"{made.key!r} does not combine adapters.", f"These do: {', '.join(able)}.")
+    return made.combine(states, weights)
 
 
 class Methods:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnilora.core.attach import find_hub, hub_of, slots
+from omnilora.core.attach import check, find_hub, hub_of, slots
 from omnilora.core.context import Context
 from omnilora.core.method import Method
 from omnilora.core.parameterization import Slot
@@ -203,6 +203,7 @@ def start(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, t
     call ``run.finish()`` at the end; the rest happens at the optimizer's own steps.
     """
     name = _the_adapter(model, adapter)
+    check(model)
     made = Run(model, name, hub_of(model).values["methods"][name], total_steps)
     if optimizer is not None:
         made.bind(optimizer)

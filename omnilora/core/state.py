@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnilora.core.attach import TiedUse, activate, find_hub, hub_of, place, slots
+from omnilora.core.attach import TiedUse, activate, check, find_hub, hub_of, place, slots
 from omnilora.core.fingerprint import Fingerprint, compare, fingerprint
 from omnilora.core.layer import path_name
 from omnilora.core.method import Method
@@ -79,6 +79,7 @@ def state(model: nn.Module, adapter: str | None = None, *, with_base: bool = Tru
     if hub.merged:
         raise AttachError("The model is merged: its weights are not the base that the adapter belongs to.",
                           "Call ol.unmerge(model) first.")  # fmt: skip
+    check(model)
     method: Method = hub.values["methods"][name]
     sites: dict[str, SiteState] = {}
     pool: dict[str, Tensor] = {}
