@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import omnilora as ol
-from omnilora.core.contract import shake
+from omnilora.contract import shake
 from omnilora.proofs import Stack
 
 

@@ -6,7 +6,7 @@ import torch
 import omnilora as ol
 from omnilora import errors
 from omnilora.compose.merging import average, concat, svd
-from omnilora.core.contract import check_combine, shake
+from omnilora.contract import check_combine, shake
 from omnilora.proofs import Stack, relative
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from omnilora.core.contract import checks_for
+from omnilora.contract import checks_for
 from omnilora.core.method import entries
 
 CHECKS = [check for key in sorted(entries()) for check in checks_for(entries()[key])]

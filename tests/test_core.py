@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import omnilora as ol
 from omnilora import errors
-from omnilora.core.contract import shake
+from omnilora.contract import shake
 from omnilora.core.method import Method
 from omnilora.core.rule import Rule
 from omnilora.parameterizations.dora import DoRA

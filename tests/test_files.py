@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import omnilora as ol
 from omnilora import errors
-from omnilora.core.contract import shake
+from omnilora.contract import shake
 from omnilora.core.method import Method
 from omnilora.parameterizations.lora import LoRA
 from omnilora.proofs import Stack

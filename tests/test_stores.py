@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import omnilora as ol
-from omnilora.core.contract import shake
+from omnilora.contract import shake
 from omnilora.stores.nf4_layer import FourBitLinear, quantize
 
 

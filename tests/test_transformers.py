@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import omnilora as ol
-from omnilora.core.contract import shake
+from omnilora.contract import shake
 from omnilora.stores.nf4_layer import quantize
 
 transformers = pytest.importorskip("transformers")
