@@ -22,13 +22,9 @@ import omnilora as ol
 from omnilora.demo import sources, sql, topics
 from omnilora.errors import OmniloraError
 from omnilora.training.evaluate import generate
+from omnilora.training.models import dtype_of
 
 SETTINGS = {"steps": 90, "batch_size": 8, "lr": 2e-3, "warmup": 0.1, "schedule": "cosine", "max_length": 160}
-
-
-def processor_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 matrices itself."""
-    return bool(torch.cpu._is_avx512_bf16_supported()) if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False
 
 
 class Stopper:
@@ -58,7 +54,7 @@ def questions(console: Console, folder: Path, seed: int, quick: bool) -> float:
     train, test = sql.examples(seed=0)
     if quick:
         train, test = train[:64], test[:8]
-    dtype = torch.bfloat16 if processor_has_bf16() else torch.float32
+    dtype = dtype_of("auto")
     model, tokenizer = sources.load_smollm2(dtype)
     console.rule(f"1  SmolLM2-135M-Instruct: questions → SQLite queries  ({len(train)} to learn, {len(test)} to answer; generated)")
     shown = test[:: max(1, len(test) // 3)][:3]
