@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from omnilora.core.context import Context
 from omnilora.core.full import Dense
 from omnilora.core.op import Dropout, Op, chain
@@ -47,7 +50,7 @@ class LoRA(Parameterization):
         for name, value, allowed in (
             ("scaling", self.scaling, ("alpha/r", "alpha/sqrt(r)", "alpha")),
             ("train", self.train, ("AB", "A", "B")),
-            ("init_A", self.init_A, ("kaiming", "gaussian")),
+            ("init_A", self.init_A, ("kaiming", "gaussian", "orthonormal", "svd")),
             ("conv_layout", self.conv_layout, ("peft", "loralib")),
         ):
             if value not in allowed:
@@ -74,8 +77,17 @@ class LoRA(Parameterization):
             fan_in, fan_out = fan_in // k, fan_out // geometry.groups
         if site.kind == "embedding" and "A" in self.train:
             return Tensors(A=input_side(zeros(r, fan_in)), B=output_side(normal(1.0, fan_out, r)))
-        a = kaiming(*site.batch, r * k, fan_in) if self.init_A == "kaiming" else normal(1 / r, *site.batch, r * k, fan_in)
+        a = self._first_a(site, r * k, fan_in)
         return Tensors(A=input_side(a), B=output_side(zeros(*site.batch, fan_out * k, r * k)))
+
+    def _first_a(self, site: Site, r: int, fan_in: int) -> Tensor:
+        if self.init_A in ("orthonormal", "svd") and r > min(fan_in, site.fan_out):
+            raise NotExpressible(f"{site.name} has no {r} orthonormal rows for init_A = {self.init_A!r}.", "Lower r.")
+        if self.init_A == "orthonormal":  # rows of A orthonormal: QR of a Gaussian
+            return torch.linalg.qr(normal(1.0, *site.batch, fan_in, r)).Q.mT
+        if self.init_A == "svd":  # the top right singular vectors of W
+            return torch.linalg.svd(site.W.dense().detach().float(), full_matrices=False).Vh[..., :r, :]
+        return kaiming(*site.batch, r, fan_in) if self.init_A == "kaiming" else normal(1 / self.r, *site.batch, r, fan_in)
 
     def delta(self, p: Slot, ctx: Context) -> Op:
         if self.conv_layout == "loralib" and p.site is not None and p.site.kind == "conv":

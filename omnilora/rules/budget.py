@@ -116,10 +116,10 @@ def _core(slot: Slot) -> tuple[str, Tensor]:
 
 
 def compact(slot: Slot, keep: Tensor) -> None:
-    """Drop rank directions: rows of the input side, columns of the output side, entries of the core. The scale
+    """Drop rank directions: rows of the input side, columns of the output side, entries of core or gate. The scale
     stays; a site may end with rank 0."""
-    for name, t in list(slot.by_role("input", "output", "core")):
-        dim = {"input": 0, "core": 0, "output": 1}[slot.roles[name]]
+    for name, t in list(slot.by_role("input", "output", "core", "gate")):
+        dim = {"input": 0, "core": 0, "gate": 0, "output": 1}[slot.roles[name]]
         *path, last = name.split(".")
         owner = slot
         for step in path:
