@@ -1,0 +1,72 @@
+"""Moments at which an adapter keeps what it has learnt and goes on: Delta-LoRA's start, COLA's knots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from omnilora.core.context import Context
+from omnilora.core.parameterization import kaiming
+from omnilora.core.rule import Rule
+from omnilora.core.run import Run
+from omnilora.errors import BadValue
+
+
+class Snapshot(Rule):
+    """Delta-LoRA: after ``start`` updates the change of s B A begins to count again, λ times. 0: from the beginning."""
+
+    def __init__(self, start: int = 500) -> None:
+        if start < 0:
+            raise BadValue(f"start = {start!r}.", "Give a number of updates ≥ 0.")
+        self.start = start
+
+    def attach(self, run: Run) -> None:
+        if self.start == 0 and run.step == 0:
+            with torch.no_grad():
+                self._take(run)
+
+    def after_step(self, run: Run) -> None:
+        if run.step == self.start:
+            self._take(run)
+
+    def _take(self, run: Run) -> None:
+        for slot in run.slots():
+            if "on" in slot.roles:
+                slot.AK.copy_(slot.A)
+                slot.BK.copy_(slot.B)
+                slot.on.fill_(1.0)
+
+
+class Chain(Rule):
+    """COLA: ``links`` LoRAs one after the other. At a knot the link is folded into the accumulator, drawn anew, and its
+    optimizer state is dropped (a fresh AdamW)."""
+
+    def __init__(self, links: int = 3) -> None:
+        if links < 1:
+            raise BadValue(f"links = {links!r}.", "Give at least 1.")
+        self.links = links
+        self.knots: list[int] = []
+
+    def after_step(self, run: Run) -> None:
+        planned = {run.total_steps * k // self.links for k in range(1, self.links)}
+        if run.step not in planned:
+            return
+        assert run.optimizer is not None
+        for slot in run.slots():
+            if "acc" not in slot.roles:
+                continue
+            slot.acc.add_(slot.how.inner.delta(slot.inner, Context()).dense())  # type: ignore[attr-defined]
+            for _, t in slot.by_role("output"):
+                t.zero_()
+                run.optimizer.state.pop(t, None)
+            for _, t in slot.by_role("input"):
+                t.copy_(kaiming(*t.shape).to(t))
+                run.optimizer.state.pop(t, None)
+        self.knots.append(run.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"knots": list(self.knots)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.knots = [int(k) for k in state["knots"]]
