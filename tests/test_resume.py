@@ -70,11 +70,22 @@ class Noisy(Rule):
         assert state["pair"] == (1, float("inf"))
 
 
+SCHEDULED = {
+    "adalora": {},
+    "cola": {"links": 3, "r": 2},
+    "delta_lora": {"r": 2, "start": 4},
+    "dylora": {"r": 4},
+    "galore": {"rank": 4, "gap": 3},
+    "relora": {"r": 2, "every": 4, "warmup": 2},
+    "sora": {"r": 4, "xi": 1e-2},
+}
+
+
 def how(kind):
     if kind == "noisy":
         return Method("noisy", LoRA(r=4, dropout=0.1), (Noisy(),))
-    if kind == "adalora":
-        return ol.method("adalora")
+    if kind in SCHEDULED:
+        return ol.method(kind, **SCHEDULED[kind])
     return Method("plain", LoRA(r=4, dropout=0.1))
 
 
@@ -112,6 +123,15 @@ def test_ten_and_ten_are_twenty(tmp_path, kind, workers, options):
     assert same(whole, rest)
     _, fresh = go(kind, tmp_path / "other", workers=workers, seed=5, **options)
     assert fresh.losses != first.losses
+
+
+@pytest.mark.parametrize("kind", sorted(SCHEDULED))
+def test_every_schedule_resumes(tmp_path, kind):
+    """Stopped at 7 of 20, in the middle of whatever the method is doing."""
+    whole, first = go(kind, tmp_path / "whole")
+    go(kind, tmp_path / "parts", stop_at=7)
+    rest, last = go(kind, tmp_path / "parts", resume="auto")
+    assert last.losses == first.losses and same(whole, rest)
 
 
 def test_a_data_loader_of_your_own_resumes(tmp_path):

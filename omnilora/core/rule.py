@@ -39,8 +39,10 @@ class Rule:
         """Which tensors learn at which rate; pure. None: one group of all that trains."""
         return None
 
-    def optimizer(self, run: Run, make: Callable[[Iterable[Any]], torch.optim.Optimizer]) -> torch.optim.Optimizer | None:
-        """Only for methods that own or wrap an optimizer."""
+    def optimizer(
+        self, run: Run, params: Iterable[Any], make: Callable[[Iterable[Any]], torch.optim.Optimizer]
+    ) -> torch.optim.Optimizer | None:
+        """Only for methods that own or wrap an optimizer; ``make`` is the trainer's own."""
         return None
 
     def before_forward(self, run: Run) -> None:

@@ -212,8 +212,9 @@ def start(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, t
 
 def wrapped_optimizer(run: Run, params: Iterable[Any], make: Any) -> torch.optim.Optimizer:
     """The optimizer of the first rule that owns one, else ``make(params)``."""
+    params = list(params)
     for rule in run.rules:
-        own = rule.optimizer(run, make)
+        own = rule.optimizer(run, params, make)
         if own is not None:
             return own
     return make(params)
