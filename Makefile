@@ -39,8 +39,9 @@ lint: $(VENV)/.lint
 bench: $(VENV)/.test
 	$(BIN)/python bench/run.py
 
-docs: $(VENV)/.demo
+docs: $(VENV)/.test
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/tables.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -15,7 +15,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -604,13 +603,3 @@ class Transposed(Op):
 def softmax(logits: Tensor) -> Tensor:
     """Gates in fp32 at least, whatever the dtype of the logits."""
     return torch.softmax(_wide(logits), -1)
-
-
-def describe(op: Op) -> dict[str, Any]:
-    """The tree as plain data, for `explain` and for error messages."""
-    out: dict[str, Any] = {"op": type(op).__name__}
-    for key in ("op", "left", "right", "old", "new", "part"):
-        child = getattr(op, key, None)
-        if isinstance(child, Op):
-            out[key] = describe(child)
-    return out

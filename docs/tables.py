@@ -1,0 +1,94 @@
+"""Tables that come from running: what PEFT can hold (docs/peft-table.md), and the benchmark (docs/benchmark.md).
+
+    python docs/tables.py
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+
+def _gap(a: Any, b: Any) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def peft_table() -> str:
+    """Every case of tests/test_peft.py, run here: the relative difference of outputs, both ways, and the refusals."""
+    import peft
+    import test_peft as cases
+
+    import omnilora as ol
+    from omnilora.core.method import Method
+    from omnilora.errors import NotExpressible
+    from omnilora.io.peft import noted, to_peft
+
+    lines = ["# What PEFT can hold", "",
+             f"Made by `python docs/tables.py` with PEFT {peft.__version__}: every row was run, with all tensors at random, "
+             "in fp32.", "",
+             "## Ours, loaded by PEFT", "", "| case | model | form | relative difference of outputs |",
+             "| --- | --- | --- | --- |"]  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, (kind, how, options) in cases.OURS.items():
+            model = cases.adapted(kind, how, **options)
+            path = cases.folder(model, Path(scratch) / f"o-{name}")
+            theirs = peft.PeftModel.from_pretrained(cases.make(kind), str(path)).eval()
+            form = type(how).__name__ + (f" over {type(how.inner).__name__}" if hasattr(how, "inner") else "")
+            lines.append(f"| {name} | {kind} | {form} | {_gap(cases.run(theirs), cases.run(model)):.1e} |")
+        lines += ["", "## PEFT's, loaded here", "", "| case | model | type | relative difference of outputs |",
+                  "| --- | --- | --- | --- |"]  # fmt: skip
+        for name, (kind, config) in cases.PEFTS.items():
+            path = Path(scratch) / f"p-{name}"
+            y = cases.peft_folder(kind, copy.deepcopy(config), path, prune=name == "adalora-pruned")
+            model = cases.make(kind)
+            ol.load(model, path)
+            lines.append(f"| {name} | {kind} | {config.peft_type.value} | {_gap(cases.run(model), y):.1e} |")
+    lines += ["", "## Refused, with the reason", "", "| case | reason |", "| --- | --- |"]
+    for name, (how, options, _) in cases.REFUSED.items():
+        model = cases.Net() if name == "svd-conv1d" else cases.Odd()
+        ol.adapt(model, Method("own", how), **options)
+        try:
+            to_peft(noted(model, ol.state(model)))
+        except NotExpressible as error:
+            lines.append(f"| {name} | {error.message.replace('|', '/')} |")
+    return "\n".join(lines) + "\n"
+
+
+def benchmark_table() -> str:
+    """bench/results/peft.json as a page."""
+    data = json.loads((HERE.parent / "bench" / "results" / "peft.json").read_text())
+    m = data["machine"]
+    lines = ["# Against PEFT", "",
+             f"`make bench`: one interleaved run, {m['threads']} threads of a CPU, torch {m['torch']}, PEFT {m['peft']}, "
+             f"transformers {m['transformers']}, fp32. A ratio is the median over rounds of the time against the first row "
+             "of its table in the same round; min and max are over rounds. Saved activations are counted, not timed.", "",
+             "A training step of a Llama of 8 layers of width 512, batch 4 × 128, rank 16 on all linear layers, to the frozen "
+             "model:", "", "| | ratio | min | max | saved MiB |", "| --- | --- | --- | --- | --- |"]  # fmt: skip
+    for name, row in data["training"].items():
+        lines.append(f"| {name} | {row['ratio']:.3f} | {row['min']:.3f} | {row['max']:.3f} | {row['saved MiB']:.1f} |")
+    lines += ["", "One forward of 8 rows × 16 tokens, each row with an adapter of its own, to the bare base; switching and "
+              "loading, to PEFT's:", "", "| | ratio | min | max | ms |", "| --- | --- | --- | --- | --- |"]  # fmt: skip
+    for name, row in data["serving"].items():
+        ms = 1000 * row["seconds"]
+        lines.append(f"| {name} | {row['ratio']:.3f} | {row['min']:.3f} | {row['max']:.3f} | {ms:.1f} |")
+    lines += ["", "No fused plans exist yet: these are the operator trees. Nothing was timed on a GPU."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    (HERE / "benchmark.md").write_text(benchmark_table())
+    (HERE / "peft-table.md").write_text(peft_table())
+    print("docs/benchmark.md docs/peft-table.md")
+
+
+if __name__ == "__main__":
+    main()
