@@ -97,6 +97,7 @@ class Method:
     store: Callable[[nn.Module], Any] | None = None
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     source: Parameterization | None = None
+    rate: float = 1.0  # factor of the trainer's default learning rate, where the user gives none
     combine: Callable[..., Any] | None = None  # (states, weights) → state, for methods that make adapters of adapters
     fill: Callable[[Slot], None] | None = None
     prepare: Callable[..., tuple[Method, Targets | None]] | None = None

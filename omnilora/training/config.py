@@ -54,7 +54,7 @@ class TrainConfig:
     stop_at: int | None = None  # end this session after that update; the schedule still spans the whole run
     batch_size: int = 8  # rows a forward, in each process
     accumulate: int = 1  # forwards an update
-    lr: float | None = None  # learning rate; None: 1e-3 below 500 M parameters, else 2e-4
+    lr: float | None = None  # learning rate; None: 1e-3 below 500 M parameters, else 2e-4, times the method's own factor
     schedule: str = "cosine"  # "cosine", "linear" or "constant"
     warmup: float = 0.05  # below 1: fraction of the run; from 1 on: updates
     weight_decay: float = 0.0  # of AdamW

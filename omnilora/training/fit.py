@@ -166,7 +166,8 @@ def train(config: TrainConfig) -> FitReport:
     parts = load_parts(config, labels)
     length = room(parts.model.config, config)
     template = config.template if config.task != "causal-lm" else _template(parts, config)
-    config = config.replace(labels=labels, max_length=length, template=template, lr=learning_rate(parts.model, config),
+    config = config.replace(labels=labels, max_length=length, template=template,
+                            lr=learning_rate(parts.model, config, made.rate),
                             hyper=_plain({**made.hyper, **config.hyper}))  # fmt: skip
     need("accelerate.utils", "train").set_seed(config.seed)
     _adapt(parts, made, rows, config)

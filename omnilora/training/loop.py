@@ -26,11 +26,11 @@ OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch
               "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}  # fmt: skip
 
 
-def learning_rate(model: nn.Module, config: TrainConfig) -> float:
-    """The configured rate, else 1e-3 for models below 500 M parameters and 2e-4 above."""
+def learning_rate(model: nn.Module, config: TrainConfig, factor: float = 1.0) -> float:
+    """The configured rate, else 1e-3 for models below 500 M parameters and 2e-4 above, times the method's ``factor``."""
     if config.lr is not None:
         return config.lr
-    return 1e-3 if sum(p.numel() for p in model.parameters()) < SMALL else 2e-4
+    return factor * (1e-3 if sum(p.numel() for p in model.parameters()) < SMALL else 2e-4)
 
 
 class Loop:
@@ -40,6 +40,7 @@ class Loop:
                  eval_feed: Feed | None = None) -> None:  # fmt: skip
         self.model, self.task, self.config, self.eval_feed = model, task, config, eval_feed
         self.adapter = _the_adapter(model, adapter)
+        self.lr = learning_rate(model, config, hub_of(model).values["methods"][self.adapter].rate)
         self.device = next(model.parameters()).device
         self.accelerator = make_accelerator(config.trackers, config.output, self.device.type == "cpu")
         self.world = self.accelerator.num_processes
@@ -113,7 +114,7 @@ class Loop:
 
     def _wire(self, run: Run) -> None:
         config = self.config
-        groups = param_groups(self.model, learning_rate(self.model, config), config.weight_decay, self.adapter)
+        groups = param_groups(self.model, self.lr, config.weight_decay, self.adapter)
         options = dict(run.method.optimizer)
         name = str(options.pop("name", "adamw")).lower()
         if name not in OPTIMIZERS:
@@ -160,7 +161,7 @@ class Loop:
         c = self.config
         return {"batches": len(self.feed), "batch_size": c.batch_size, "accumulate": c.accumulate, "seed": c.seed,
                 "total": self.total, "world": self.world, "schedule": c.schedule, "warmup": c.warmup, "clip": c.clip,
-                "lr": learning_rate(self.model, c), "weight_decay": c.weight_decay, "packing": c.packing}  # fmt: skip
+                "lr": self.lr, "weight_decay": c.weight_decay, "packing": c.packing}  # fmt: skip
 
     # -- updates ---------------------------------------------------------------------------------------------------
 

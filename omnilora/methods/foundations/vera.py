@@ -26,13 +26,17 @@ CARD = Card(
         "A and B are drawn as PEFT draws them: one CPU generator, A first, at the largest shapes, then sliced.",
         "AdapterHub stores b and d as full square matrices and multiplies by α/r: not followed.",
     ),
-    limits=("The projections are saved with the adapter; a file of vectors and a seed alone is not written yet.",),
+    limits=(
+        "The projections are saved with the adapter; a file of vectors and a seed alone is not written yet.",
+        "Needs a high learning rate: 20 updates of a 135 M model at 1e-3 lower the loss by 0.013 ± 0.003, at 1e-2 by "
+        "0.48 ± 0.04. The trainer's default rate is ten times LoRA's.",
+    ),
 )
 
 
 def vera(r: int = 256, d_init: float = 0.1, dropout: float = 0.0, seed: int = 0) -> Method:
     """ΔW = diag(b) B diag(d) A with A, B shared and frozen."""
-    return Method("vera", VeRA(r, d_init, dropout, seed))
+    return Method("vera", VeRA(r, d_init, dropout, seed), rate=10.0)
 
 
 def _family(how: Parameterization) -> float:
