@@ -39,10 +39,10 @@ def ok(*args, input=None):
     return json.loads(done.stdout)
 
 
-def refused(*args, code):
+def refused(*args, code, exit_code=2):
     """A command fails with one line and, for programs, an object."""
     done = run(*args)
-    assert done.exit_code == 2, done.output
+    assert done.exit_code == exit_code, done.output
     lines = [line for line in done.stderr.splitlines() if line.startswith("error ")]
     assert len(lines) == 1 and lines[0].startswith(f"error [{code}] "), done.stderr
     return lines[0]
@@ -369,6 +369,6 @@ def test_merge_writes_a_plain_model(tiny, trained):
     assert after["base"]["loss"] == pytest.approx(trained["metrics"]["loss"], rel=1e-4)
     refused("merge", "--adapter", tiny / "run", "--output", tiny / "merged", code="bad-value")
     refused("merge", "--adapter", tiny / "run", "--output", tiny / "no", "--dtype", "bf16", "--bound", "1e-9",
-            code="merge-refused")  # fmt: skip
+            code="merge-refused", exit_code=1)  # fmt: skip
     assert not (tiny / "no").exists()
     refused("eval", "--model", tiny / "merged", "--adapter", tiny / "run", *args, code="base-mismatch")

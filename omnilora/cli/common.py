@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from omnilora.errors import BadValue, OmniloraError, need
+from omnilora.errors import BadValue, MergeRefused, OmniloraError, RunError, need
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -130,7 +130,8 @@ class Commands(TyperGroup):
         try:
             code = super().main(args, prog_name or "omnilora", complete_var, False, windows_expand_args, **extra)
         except OmniloraError as error:
-            code = refuse(error.code, error.message, error.remedy, "--json" in given)
+            refuse(error.code, error.message, error.remedy, "--json" in given)
+            code = FAILED if isinstance(error, (MergeRefused, RunError)) else BAD_INPUT
         except usage_error as error:
             where = error.ctx.command_path if error.ctx is not None else "omnilora"
             code = refuse("usage", error.format_message(), f"See {where} --help.", "--json" in given)
