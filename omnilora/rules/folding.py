@@ -1,16 +1,30 @@
-"""Moments at which an adapter keeps what it has learnt and goes on: Delta-LoRA's start, COLA's knots."""
+"""Moments at which an adapter keeps what it has learnt and goes on: restarts, Delta-LoRA's start, COLA's knots."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from omnilora.core.context import Context
 from omnilora.core.parameterization import kaiming
 from omnilora.core.rule import Rule
 from omnilora.core.run import Run
 from omnilora.errors import BadValue
+
+
+def fold(run: Run) -> list[Tensor]:
+    """Accumulate what every slot has learnt, draw its factors anew (A Kaiming, B zero), and return those factors."""
+    drawn = []
+    for slot in run.slots():
+        if "acc" not in slot.roles:
+            continue
+        slot.acc.add_(slot.how.inner.delta(slot.inner, Context()).dense())  # type: ignore[attr-defined]
+        for name, t in slot.by_role("input", "output"):
+            t.copy_(kaiming(*t.shape).to(t)) if slot.roles[name] == "input" else t.zero_()
+            drawn.append(t)
+    return drawn
 
 
 class Snapshot(Rule):
@@ -53,16 +67,8 @@ class Chain(Rule):
         if run.step not in planned:
             return
         assert run.optimizer is not None
-        for slot in run.slots():
-            if "acc" not in slot.roles:
-                continue
-            slot.acc.add_(slot.how.inner.delta(slot.inner, Context()).dense())  # type: ignore[attr-defined]
-            for _, t in slot.by_role("output"):
-                t.zero_()
-                run.optimizer.state.pop(t, None)
-            for _, t in slot.by_role("input"):
-                t.copy_(kaiming(*t.shape).to(t))
-                run.optimizer.state.pop(t, None)
+        for t in fold(run):
+            run.optimizer.state.pop(t, None)
         self.knots.append(run.step)
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnilora.core.context import Context
-from omnilora.core.parameterization import kaiming
 from omnilora.core.rule import Rule
 from omnilora.core.run import Run
 from omnilora.errors import BadValue
+from omnilora.rules.folding import fold
 
 
 class Restart(Rule):
@@ -42,16 +41,8 @@ class Restart(Rule):
         # one step after the multiple, as the official code, and never so late that nothing is learnt after it
         if run.step <= self.every or run.step % self.every != 1 or run.total_steps - run.step < 1:
             return
-        for slot in run.slots():
-            if "acc" not in slot.roles:
-                continue
-            slot.acc.add_(slot.how.inner.delta(slot.inner, Context()).dense())  # type: ignore[attr-defined]
-            for _, t in slot.by_role("output"):
-                t.zero_()
-                self._prune(run, t)
-            for _, t in slot.by_role("input"):
-                t.copy_(kaiming(*t.shape).to(t))
-                self._prune(run, t)
+        for t in fold(run):
+            self._prune(run, t)
         self.restarts, self.last = self.restarts + 1, run.step
 
     def _prune(self, run: Run, t: Tensor) -> None:
