@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from omnilora import errors  # noqa: E402
-from omnilora.core.method import TAGS, Entry, Method, entries  # noqa: E402
+from omnilora.core.method import TAGS, Card, Entry, Method, entries  # noqa: E402
 from omnilora.core.parameterization import Parameterization  # noqa: E402
 
 NOTE = "<!-- Written by docs/generate.py. Change the code, not this page. -->\n\n"
@@ -34,6 +34,7 @@ TAG_WORDS = {
     "shared": "tensors are shared between sites",
     "quantized": "chooses how the base is stored",
     "combines": "works on saved adapters",
+    "applies": "`omnilora apply` does its work: no training run of an adapter",
 }
 
 
@@ -73,7 +74,9 @@ def method_page(e: Entry) -> str:
         f"$$\n{card.equation}\n$$",
         f"Section: {card.section}. Kind: {card.kind}.",
         "## Use",
-        f'```text\nol.method("{card.key}")\nomnilora show {card.key}\nomnilora verify {card.key} --controls\n```',
+        "```text\n" + "\n".join(filter(None, (
+            f'ol.method("{card.key}")', card.command or trains(card), f"omnilora show {card.key}",
+            f"omnilora verify {card.key} --controls"))) + "\n```",
         "## Hyper-parameters",
         markdown(e.make.__doc__),
         table(("name", "type", "default"), hyper(e)),
@@ -89,6 +92,11 @@ def method_page(e: Entry) -> str:
         *section("Not with", [f"{k}: {v}" for k, v in card.not_with.items()]),
     ]
     return "\n\n".join(p for p in parts if p) + "\n"
+
+
+def trains(card: Card) -> str:
+    """The command line that trains with a method."""
+    return f"omnilora train --model package:smollm2 --method {card.key} --data train.jsonl" if "trains_lm" in card.tags else ""
 
 
 def section(title: str, lines: Sequence[str]) -> list[str]:
@@ -117,6 +125,8 @@ def pieces(e: Entry) -> list[str]:
 
 HOOKS = {
     "fill": "fresh tensors are filled from data that the method was given",
+    "arrange": "each site gets its own hyper-parameters from its place among all sites",
+    "apply": "does its work by `omnilora apply`",
     "prepare": "the method looks at data and decides sites and ranks before any tensor is made",
 }
 assert set(HOOKS) <= {f.name for f in dataclasses.fields(Method)} and set(TAG_WORDS) == TAGS

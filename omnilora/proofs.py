@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -49,23 +49,31 @@ def train(
     ticks: bool = True,
     watch: Callable[[Run], None] | None = None,
     targets: tuple[str, ...] | None = None,
+    other: Iterable[tuple[Tensor, Tensor]] | None = None,
 ) -> Run:
-    """Adapt ``model`` and train the adapter on ``batch(step)``. ``ticks`` False: the method's rules never run."""
+    """Adapt ``model`` and train the adapter on ``batch(step)``. ``ticks`` False: the method's rules never run.
+
+    ``other``: batches of the second part of the data, for methods that ask for one.
+    """
     adapt(model, method, targets, name=name)
     if not ticks:
         hub = model._omnilora
         hub.values["methods"][name] = Method(method.key, method.parameterization, targets=method.targets)  # type: ignore[union-attr, index]
         hub.needs_run.pop(name, None)  # type: ignore[union-attr, operator]
-    run = start(model, total_steps=steps, adapter=name)
+    run = start(model, total_steps=steps, adapter=name, other=other)
+
+    def loss_of(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        out = model(pair[0])
+        return loss(out, pair[1]), out
+
     opt = wrapped_optimizer(run, param_groups(model, lr, adapter=name), lambda groups: optimizer(groups, lr=lr))
     run.bind(opt)
     model.train()
     for step in range(steps):
-        x, y = batch(step)
         opt.zero_grad()
-        out = model(x)
-        value = loss(out, y) + run.loss(None, out)
-        value.backward()
+        if run.update([batch(step)], loss_of) is None:
+            value, out = loss_of(batch(step))
+            (value + run.loss(None, out)).backward()
         opt.step()
         if watch is not None:
             watch(run)

@@ -16,6 +16,7 @@ from omnilora.errors import UnknownName, nearest
 EMPTY: dict[str, Any] = {
     "key": "", "title": "", "section": "", "kind": "", "equation": "", "purpose": "", "arxiv": "", "venue": "",
     "tags": [], "defaults": {}, "cases": [{}], "not_with": {}, "differs": [], "agreement": [], "limits": [],
+    "command": "",
 }  # fmt: skip
 _BUILDERS = {"frozenset": frozenset, "set": set, "tuple": tuple, "list": list, "dict": dict}
 

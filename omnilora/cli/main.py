@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from omnilora import __version__
-from omnilora.cli import adapters, explaining, generating, methods, training
+from omnilora.cli import adapters, applying, explaining, generating, methods, training
 from omnilora.cli.common import Commands
 
 app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -18,6 +18,7 @@ app.command("show")(methods.show)
 app.command("verify")(methods.verify)
 app.command("explain")(explaining.explain)
 app.command("train")(training.train)
+app.command("apply")(applying.apply)
 app.command("eval")(training.evaluate)
 app.command("generate")(generating.generate)
 app.command("chat")(generating.chat)

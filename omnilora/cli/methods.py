@@ -70,7 +70,7 @@ def show(key: Annotated[str, typer.Argument(metavar="KEY", help="Of a method; se
     source = ", ".join(filter(None, (card["venue"], card["arxiv"] and f"arXiv:{card['arxiv']}")))
     print("".join(f"{name:<12}{value}\n" for name, value in (
         ("source", source), ("section", card["section"]), ("kind", card["kind"]), ("tags", ", ".join(card["tags"])),
-        ("equation", card["equation"]), ("purpose", card["purpose"])) if value), end="")  # fmt: skip
+        ("equation", card["equation"]), ("purpose", card["purpose"]), ("command", card["command"])) if value), end="")  # fmt: skip
     _part("hyper-parameters", [f"{h['name']}: {h['type']}" + (f" = {h['default']}" if h["default"] else "")
                                for h in made["hyper"]])  # fmt: skip
     _part("the paper's defaults", [f"{k} = {v}" for k, v in card["defaults"].items()])

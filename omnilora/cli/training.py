@@ -65,7 +65,7 @@ def train(
     if resume and config is None and output is not None and (Path(output) / "config.yaml").is_file():
         config = Path(output) / "config.yaml"
     made = configuration(
-        config, sets, model=model, method=method, data=data, output=output, eval_data=_fraction(eval_data), task=task,
+        config, sets, model=model, method=method, data=data, output=output, eval_data=fraction(eval_data), task=task,
         targets=target, exclude=exclude, unfreeze=unfreeze, bias=bias, epochs=epochs, steps=steps,
         batch_size=batch_size, accumulate=accumulate, lr=lr, schedule=schedule, max_length=max_length,
         packing=packing, dtype=dtype, load_in_4bit=load_in_4bit, gradient_checkpointing=gradient_checkpointing,
@@ -88,7 +88,7 @@ def train(
     print(f"adapter in {figures['adapter']}")
 
 
-def _fraction(text: str | None) -> str | float | None:
+def fraction(text: str | None) -> str | float | None:
     try:
         return None if text is None else float(text)
     except ValueError:

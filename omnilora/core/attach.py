@@ -63,11 +63,12 @@ def plan(model: nn.Module, method: Method, targets: Targets) -> Plan:
     chosen = find_sites(model, targets) if how is not None else []
     adapted = [site for site, _ in chosen]
     check_overrides(targets, adapted)
-    for site in adapted:
+    arranged = [how] * len(adapted) if how is None or method.arrange is None else method.arrange(adapted, how)
+    for site, first in zip(adapted, arranged, strict=True):
         hit = override_for(targets, site)
-        made = how
+        made = first
         if hit is not None:
-            made = _changed(how, hit[1], hit[0])  # type: ignore[arg-type]
+            made = _changed(how if first is None else first, hit[1], hit[0])  # type: ignore[arg-type]
         if made is not None:
             out.append((site, made))
     taken = {site.name for site, _ in out}
@@ -210,16 +211,17 @@ def adapt(
         raise AttachError(f"An adapter named {name!r} is already on the model.", "Choose another name or detach it.")
     if old is not None and old.merged:
         raise AttachError("The model is merged.", "Call ol.unmerge(model) first.")
+    seen = dict(method.seen)
     if method.store is not None:
-        plan(model, method, wanted)
-        method.store(model)
+        seen.update(method.store(model, [s for s, _ in plan(model, method, wanted)]) or {})
     sites = plan(model, method, wanted)
-    tensors = [None if isinstance(how, TiedUse) else _fresh(site, how) for site, how in sites]
+    tensors = [None if isinstance(how, TiedUse) else _fresh(site, how, seen.get(site.name)) for site, how in sites]
     hub = place(model, sites, tensors, name, method)
     _optional(hub, model, wanted)
     if method.fill is not None:
         for slot in slots(model, name):
-            method.fill(slot)
+            with torch.no_grad():
+                method.fill(slot, seen.get(slot.site.name))
     if method.rules:
         hub.needs_run[name] = method.key
     activate(model, name)
@@ -293,7 +295,8 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
         made[site.name] = slot
     _slow_paths(model)
     hub.add(name)
-    hub.values.setdefault("methods", {})[name] = dataclasses.replace(method, store=None, fill=None, prepare=None, combine=None)
+    hub.values.setdefault("methods", {})[name] = dataclasses.replace(
+        method, store=None, arrange=None, seen={}, fill=None, prepare=None, combine=None, apply=None)
     return hub
 
 

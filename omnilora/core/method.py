@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from omnilora.core.parameterization import Parameterization, Slot
 from omnilora.core.rule import Rule
+from omnilora.core.site import Site
 from omnilora.core.targets import Targets
 from omnilora.errors import BadValue, UnknownName, nearest
 
@@ -32,10 +33,11 @@ TAGS = frozenset({
     "shared",        # tensors are shared between sites
     "quantized",     # chooses how the base is stored
     "combines",      # works on adapter states
+    "applies",       # `omnilora apply --method KEY` does its work: no training run of an adapter
 })  # fmt: skip
 
 KINDS = frozenset({"parameterization", "initialization", "schedule", "optimizer", "store", "routing", "composition",
-                   "procedure", "recipe", "system"})  # fmt: skip
+                   "regularizer", "procedure", "posthoc", "theory", "kernel", "recipe", "system"})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Card:
-    """What a method is, in data. ``differs``: where official code contradicts the paper, and what we follow."""
+    """What a method is, in data. ``differs``: where official code contradicts the paper, and what we follow.
+
+    ``command``: the command line that does the method's work, where that is not ``omnilora train --method KEY``.
+    """
 
     key: str
     title: str
@@ -73,6 +78,7 @@ class Card:
     differs: tuple[str, ...] = ()
     agreement: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
+    command: str = ""
 
     def __post_init__(self) -> None:
         unknown = set(self.tags) - TAGS
@@ -84,9 +90,11 @@ class Card:
 class Method:
     """What ``ol.adapt`` puts on a model and ``ol.fit`` trains.
 
-    ``store`` puts the base into the form the method wants, before sites are made (4 bits); ``source`` makes context from the
-    model's inputs; ``fill`` sets a fresh slot's tensors from data; ``prepare`` observes data and decides the method
-    and targets before any tensor is made (``ol.prepare``).
+    ``store(model, sites)`` puts the base into the form the method wants, before sites are made (4 bits), and may return
+    what it saw, by site name; ``arrange(sites, how)`` gives each site its own parameterization (a rank by depth, None to
+    leave it out); ``source`` makes context from the model's inputs; ``fill(slot, seen)`` sets a fresh slot's tensors, seen
+    being what ``store`` or ``prepare`` saw at the site; ``prepare`` observes data and decides the method and targets
+    before any tensor is made (``ol.prepare``); ``apply(job)`` does the work of a method that trains no adapter.
     """
 
     key: str
@@ -94,13 +102,16 @@ class Method:
     rules: tuple[Rule, ...] = ()
     targets: Targets | None = None
     hyper: Mapping[str, Any] = field(default_factory=dict)
-    store: Callable[[nn.Module], Any] | None = None
+    store: Callable[[nn.Module, Sequence[Site]], Mapping[str, Any] | None] | None = None
+    arrange: Callable[[Sequence[Site], Parameterization], Sequence[Parameterization | None]] | None = None
+    seen: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     source: Parameterization | None = None
     rate: float = 1.0  # factor of the trainer's default learning rate, where the user gives none
     combine: Callable[..., Any] | None = None  # (states, weights) → state, for methods that make adapters of adapters
-    fill: Callable[[Slot], None] | None = None
+    fill: Callable[[Slot, Any], None] | None = None
     prepare: Callable[..., tuple[Method, Targets | None]] | None = None
+    apply: Callable[[Any], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)

@@ -213,6 +213,31 @@ class Parameterization(ABC):
 
 
 @dataclass(frozen=True)
+class Factored(Parameterization):
+    """A form of rank r with scale α/r and dropout on its input; abstract. Fields of a subclass come after these three."""
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+    def check(self) -> None:
+        positive_rank(self.r)
+        finite(self.alpha, "alpha")
+        finite(self.dropout, "dropout", 0.0, 0.999)
+
+    def rank(self) -> int:
+        return self.r
+
+    def first_scale(self, site: Site) -> float:
+        return self.alpha / self.r
+
+
+def one_of(value: Any, name: str, *allowed: str) -> None:
+    if value not in allowed:
+        raise BadValue(f"{name} = {value!r}.", f"Give one of {', '.join(allowed)}.")
+
+
+@dataclass(frozen=True)
 class Wrapper(Parameterization):
     """A form around another one, whose tensors it nests under ``inner``; hyper-parameters follow the inner form."""
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from omnilora.core.run import Run
+
+
+Evaluate = Callable[[Any], tuple[Tensor, Any]]  # one micro-batch → (loss, outputs)
 
 
 @dataclass
@@ -31,6 +34,9 @@ class Rule:
     """Subclass what you need; hyper-parameters are constructor arguments, progress is ``state_dict``."""
 
     loss_is_added = False  # whether ``loss`` returns anything: an uncollected one is an error
+    other_share = 0.0  # share of the training data that the trainer sets apart for ``run.other()``
+    one_process = False  # whether the rule's update is meant for a single process
+    own_gradients = False  # whether processes keep gradients of their own (no averaging by the trainer)
 
     def attach(self, run: Run) -> None:
         """Before the first step: probing, data-driven starts."""
@@ -51,6 +57,13 @@ class Rule:
     def loss(self, run: Run, batch: Any, outputs: Any) -> Tensor | float:
         """What the method adds to the training loss."""
         return 0.0
+
+    def update(self, run: Run, batches: Sequence[Any], loss: Evaluate) -> float | None:
+        """The gradients of one update, for methods whose loop is not forward and backward over its micro-batches
+        (bilevel, two passes, parallel heads). ``loss(batch)`` runs the model: (loss as a share of this update, outputs);
+        it adds no rule's loss. Returns the loss to report; None: the trainer does it.
+        """
+        return None
 
     def rate(self, run: Run) -> float:
         """A factor on every learning rate of the coming update (a re-warm-up after a restart)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from omnilora.core.attach import check, find_hub, hub_of, slots
 from omnilora.core.context import Context
 from omnilora.core.method import Method
 from omnilora.core.parameterization import Slot
-from omnilora.core.rule import Group, Rule
+from omnilora.core.rule import Evaluate, Group, Rule
 from omnilora.errors import BadValue, RunError, UnknownName, nearest
 
 
@@ -29,10 +30,14 @@ class Run:
         self.scheduler: Any = None
         self.step = 0
         self._drawn = False
+        self._made = False  # the rule that owns updates was asked for this one
         self._owed = False  # a training forward happened whose added loss has not been collected
         self._handles: list[Any] = []
         self._rates: list[Any] = []
         self.seen: dict[str, Any] = {}
+        self.others: Callable[[int], Iterator[Any]] | None = None  # position → batches of the data set apart
+        self._other: Iterator[Any] | None = None
+        self.drawn = 0  # batches taken from it
         hub_of(model).run = self
 
     # -- wiring ---------------------------------------------------------------------------------------------------
@@ -55,6 +60,34 @@ class Run:
     def set(self, name: str, value: Any) -> None:
         """Side information for the forwards to come (a drawn rank)."""
         hub_of(self.model).values.setdefault("side", {})[name] = value
+
+    # -- updates that a rule makes ----------------------------------------------------------------------------------
+
+    @property
+    def owner(self) -> Rule | None:
+        """The rule that makes the gradients of an update itself, if any."""
+        return next((r for r in self.rules if type(r).update is not Rule.update), None)
+
+    def other(self) -> Any:
+        """The next batch of the data that was set apart for rules (a second level, a validation loss)."""
+        if self.others is None:
+            raise RunError(f"{self.method.key!r} learns from a second part of the data, and there is none.",
+                           "ol.fit and the command line set it apart; in a loop of your own pass other= to ol.start.")  # fmt: skip
+        if self._other is None:
+            self._other = self.others(self.drawn)
+        self.drawn += 1
+        return next(self._other)
+
+    def update(self, batches: Sequence[Any], loss: Evaluate) -> float | None:
+        """One update's gradients by the rule that owns them; None where the loop's own forward and backward are meant."""
+        owner = self.owner
+        if owner is None:
+            return None
+        value = owner.update(self, batches, loss)
+        self._made = True
+        if value is not None:
+            self._owed = False
+        return value
 
     # -- the clock ------------------------------------------------------------------------------------------------
 
@@ -89,7 +122,11 @@ class Run:
         if self._owed:
             raise RunError(f"The loss that {self.method.key!r} adds was not collected before the optimizer's step.",
                            "Add run.loss(batch, outputs) to the training loss.")  # fmt: skip
-        if self.step == 0:
+        if self.owner is not None and not self._made:
+            raise RunError(f"{self.method.key!r} makes the gradients of an update itself.",
+                           "Call run.update(batches, loss) in place of your forward and backward.")  # fmt: skip
+        self._made = False
+        if self.step == 0 and self.owner is None:
             self._check_gradients()
         with torch.no_grad():
             for rule in self.rules:
@@ -140,13 +177,13 @@ class Run:
     # -- resume ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "rules": [rule.state_dict() for rule in self.rules],
+        return {"step": self.step, "drawn": self.drawn, "rules": [rule.state_dict() for rule in self.rules],
                 "side": dict(hub_of(self.model).values.get("side", {}))}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(state["rules"]) != len(self.rules):
             raise RunError(f"The checkpoint has {len(state['rules'])} rules, the method {len(self.rules)}.")
-        self.step = int(state["step"])
+        self.step, self.drawn, self._other = int(state["step"]), int(state.get("drawn", 0)), None
         for rule, saved in zip(self.rules, state["rules"], strict=True):
             rule.load_state_dict(saved)
         if state.get("side"):
@@ -196,15 +233,19 @@ def param_groups(
 
 
 def start(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, total_steps: int,
-          adapter: str | None = None) -> Run:  # fmt: skip
+          adapter: str | None = None, other: Iterable[Any] | None = None) -> Run:  # fmt: skip
     """Start the clock for a loop of your own.
 
     Build the optimizer from :func:`param_groups`, then add ``run.loss(batch, outputs)`` to every training loss and
-    call ``run.finish()`` at the end; the rest happens at the optimizer's own steps.
+    call ``run.finish()`` at the end; the rest happens at the optimizer's own steps. A method whose update is not one
+    forward and backward takes ``run.update(batches, loss)`` instead (see :meth:`Rule.update`), and from ``other`` the
+    batches of the second part of the data, where it asks for one.
     """
     name = _the_adapter(model, adapter)
     check(model)
     made = Run(model, name, hub_of(model).values["methods"][name], total_steps)
+    if other is not None:
+        made.others = lambda at: itertools.islice(itertools.cycle(other), at, None)
     if optimizer is not None:
         made.bind(optimizer)
     return made

@@ -145,6 +145,14 @@ class Feed:
                               generator=torch.Generator().manual_seed(self.seed))  # fmt: skip
 
 
+    def endless(self, at: int = 0) -> Iterator[Any]:
+        """Batches of one epoch after the other, from the batch number ``at`` on."""
+        epoch, skip = divmod(at, len(self))
+        while True:
+            yield from self.epoch(epoch, skip)
+            epoch, skip = epoch + 1, 0
+
+
 class _Listed(Dataset):
     def __init__(self, data: Any) -> None:
         self.data = data

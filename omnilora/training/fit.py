@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Subset, default_collate
 
 from omnilora.core import attach
 from omnilora.core.attach import find_hub, hub_of
 from omnilora.core.files import save
 from omnilora.core.method import Method, method, prepare
+from omnilora.core.run import _the_adapter
 from omnilora.core.targets import Targets, targets_from
 from omnilora.errors import AttachError, BadValue, need
 from omnilora.training.batches import Collate, Feed, pack, to_device
@@ -140,10 +141,30 @@ def _run(model: nn.Module, data: Any, eval_data: Any, collate: Any, task: Task, 
     def feed(rank: int, world: int) -> Feed:
         return Feed(data, collate, config.batch_size, config.seed, config.workers, rank, world)
 
+    name = _the_adapter(model, adapter)
+    share = max((r.other_share for r in hub_of(model).values["methods"][name].rules), default=0.0)
+    second = None
+    if share:
+        data, apart = _set_apart(data, share, config)
+
+        def second(rank: int, world: int) -> Feed:
+            return Feed(apart, collate, config.batch_size, config.seed, config.workers, rank, world)
+
     held = None if eval_data is None else Feed(eval_data, collate, config.batch_size, config.seed)
     if isinstance(data, DataLoader) and config.batch_size != TrainConfig.batch_size:
         warnings.warn("batch_size is that of the DataLoader.", stacklevel=3)
-    return Loop(model, feed, task, config, adapter, held).go()
+    return Loop(model, feed, task, config, adapter, held, second).go()
+
+
+def _set_apart(data: Any, share: float, config: TrainConfig) -> tuple[Any, Any]:
+    """The training data in two parts by the run's seed: what updates learn from, and what rules ask for."""
+    if isinstance(data, DataLoader) or not hasattr(data, "__len__"):
+        raise BadValue("This method divides the training data, which a DataLoader does not let it.", "Pass the data set.")
+    count = round(share * len(data))
+    if not 0 < count < len(data):
+        raise BadValue(f"{len(data)} examples cannot be divided {1 - share:g} : {share:g}.", "Give more data.")
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    return Subset(data, sorted(rows[count:])), Subset(data, sorted(rows[:count]))
 
 
 # -- a whole run -------------------------------------------------------------------------------------------------------

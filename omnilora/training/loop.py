@@ -37,7 +37,8 @@ class Loop:
     """One run of one adapter. ``feed`` gives the micro-batches of this process."""
 
     def __init__(self, model: nn.Module, feed: Any, task: Task, config: TrainConfig, adapter: str | None = None,
-                 eval_feed: Feed | None = None) -> None:  # fmt: skip
+                 eval_feed: Feed | None = None, other: Any = None) -> None:  # fmt: skip
+        self.other = other
         self.model, self.task, self.config, self.eval_feed = model, task, config, eval_feed
         self.adapter = _the_adapter(model, adapter)
         self.lr = learning_rate(model, config, hub_of(model).values["methods"][self.adapter].rate)
@@ -68,7 +69,8 @@ class Loop:
         try:
             self._wire(run)
             spent, resumed = self._resume(run)
-            wrapped = self.accelerator.prepare_model(self.model) if self.world > 1 else self.model
+            alone = self.world == 1 or any(r.own_gradients for r in run.rules)
+            wrapped = self.model if alone else self.accelerator.prepare_model(self.model)
             if self.config.trackers:
                 self.accelerator.init_trackers("omnilora", config=flat(self.config.to_dict()))
             shown = Progress(self.total, run.step, self.config.log_every, self.main)
@@ -125,6 +127,11 @@ class Loop:
         run.scheduler = transformers.get_scheduler(
             "constant_with_warmup" if config.schedule == "constant" else config.schedule,
             optimizer, num_warmup_steps=int(warmup), num_training_steps=self.total)  # fmt: skip
+        if self.world > 1 and (alone := [type(r).__name__ for r in run.rules if r.one_process]):
+            raise BadValue(f"{run.method.key!r} trains in one process ({alone[0]}), not in {self.world}.", "Start one.")
+        if self.other is not None:
+            feed: Feed = self.other(self.accelerator.process_index, self.world)
+            run.others = lambda at: (to_device(b, self.device) for b in feed.endless(at))
         run.bind(optimizer)
 
     def _resume(self, run: Run) -> tuple[float, dict[str, Any] | None]:
@@ -195,19 +202,31 @@ class Loop:
         if run.step < self.total and self.report.stopped == "done":
             self.report.stopped = "stop_at"
 
-    def _update(self, run: Run, wrapped: nn.Module, micro: list[Any], shown: Progress) -> None:
+    def _gradients(self, run: Run, wrapped: nn.Module, micro: list[Any]) -> float:
+        """The gradients of one update, and its loss."""
         weight = self._sum(sum(self.task.weight(b) for b in micro))
+
+        def loss_of(batch: Any) -> tuple[torch.Tensor, Any]:
+            own = weight if any(batch is b for b in micro) else self.task.weight(batch)
+            total, outputs = self.task.total(wrapped, batch)
+            return total / max(own, 1.0), outputs
+
+        made = run.update(micro, loss_of)
+        if made is not None:
+            return made
         value = 0.0
         for i, batch in enumerate(micro):
             last = i == len(micro) - 1
             with nullcontext() if last or self.world == 1 else self.accelerator.no_sync(wrapped):
-                total, outputs = self.task.total(wrapped, batch)
-                loss = total / max(weight, 1.0)
+                loss, outputs = loss_of(batch)
                 value += float(loss.detach())
                 extra = run.loss(batch, outputs)
                 loss = loss * self.world + extra / len(micro)
                 self.accelerator.backward(loss)
-        value = self._sum(value)
+        return value
+
+    def _update(self, run: Run, wrapped: nn.Module, micro: list[Any], shown: Progress) -> None:
+        value = self._sum(self._gradients(run, wrapped, micro))
         if not math.isfinite(value):
             raise RunError(f"The loss is {value} at update {run.step + 1}.", "Lower lr, or use dtype = 'fp32'.")
         optimizer, tokens = run.optimizer, int(self._sum(sum(map(token_count, micro))))

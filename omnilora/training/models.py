@@ -254,6 +254,7 @@ def load_trained(output: str | Path, *, adapter: bool = True, **changes: Any) ->
     """
     from omnilora.core.files import load, load_file
     from omnilora.core.method import entries, method
+    from omnilora.core.state import site_at
     from omnilora.training.encode import set_template
 
     home = Path(output)
@@ -264,7 +265,7 @@ def load_trained(output: str | Path, *, adapter: bool = True, **changes: Any) ->
     model, tokenizer = load_model(config, state.extra.get("labels"))
     set_template(tokenizer, config.template)
     if state.method in entries() and (hold := method(state.method, **dict(state.hyper)).store) is not None:
-        hold(model)
+        hold(model, [site_at(model, name, s) for name, s in state.sites.items()])
     if adapter:
         load(model, home / "adapter")
     return model.eval(), tokenizer

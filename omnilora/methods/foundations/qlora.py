@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from omnilora import proofs
 from omnilora.core.attach import find_hub
 from omnilora.core.method import Card, Claim, Method
+from omnilora.core.site import Site
 from omnilora.parameterizations.lora import LoRA
 from omnilora.stores.nf4_layer import FourBitLinear, quantize
 
@@ -39,7 +42,7 @@ def qlora(r: int = 64, alpha: float = 16.0, dropout: float = 0.0, quant_type: st
           blocksize: int = 64) -> Method:  # fmt: skip
     """LoRA over a 4-bit base. ``ol.adapt`` quantizes the linear layers of a dense model first, in place."""
 
-    def hold(model: nn.Module) -> None:
+    def hold(model: nn.Module, sites: Sequence[Site]) -> None:
         if find_hub(model) is None and not any(isinstance(m, FourBitLinear) for m in model.modules()):
             quantize(model, quant_type, blocksize=blocksize, double=double)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def xlora(
     names = tuple(dict.fromkeys(n for s in states for n in s.sites))
     ranks = tuple(_rank(s) for s in states)
 
-    def fill(slot: Slot) -> None:
+    def fill(slot: Slot, seen: Any) -> None:
         if slot.site.kind == "source":
             return
         b, a = torch.zeros_like(slot.B), torch.zeros_like(slot.A)
