@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -377,18 +378,25 @@ def check_rule(method: Method, steps: int = 12) -> int:
         model.train()
         g = torch.Generator().manual_seed(3)
         x = torch.randn(64, 3, 5, generator=g)
+        r.others = others = partial(_slices, x)
+
+        def evaluate(batch: Tensor) -> tuple[Tensor, Tensor]:
+            out = model(batch)
+            return (out - 1).square().mean(), out
+
         for step in range(steps):
             if step == cut:
                 saved = r.state_dict()
                 r.close()
                 r = run.start(model, total_steps=steps)
-                r.rules = copy.deepcopy(method.rules)
+                r.rules, r.others = copy.deepcopy(method.rules), others
                 r.bind(opt)
                 r.load_state_dict(saved)
             torch.manual_seed(step)
             opt.zero_grad()
-            out = model(x[step : step + 4])
-            ((out - 1).square().mean() + r.loss(None, out)).backward()
+            if r.update([x[step : step + 4]], evaluate) is None:
+                value, out = evaluate(x[step : step + 4])
+                (value + r.loss(None, out)).backward()
             opt.step()
         r.finish()
         return [t.detach().clone() for s in attach.slots(model) for _, t in s.tensors()]
@@ -399,6 +407,13 @@ def check_rule(method: Method, steps: int = 12) -> int:
         if not torch.equal(a, b):
             raise AssertionError("a run resumed from its rules' state differs from the uncut run")
     return 1
+
+
+def _slices(x: Tensor, at: int) -> Iterator[Tensor]:
+    """Batches of four rows from number ``at`` on, taken from the end."""
+    while True:
+        yield x[len(x) - 4 - at % 50 : len(x) - at % 50]
+        at += 1
 
 
 def check_combine(combine: Combine, states: Sequence[AdapterState], weights: Sequence[float]) -> AdapterState:

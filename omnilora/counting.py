@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from omnilora.core.parameterization import Leaf
+from omnilora.core.parameterization import Leaf, is_still
 from omnilora.core.site import Site, called_site, inner_reads, role_of
 from omnilora.core.store import store_of
 
@@ -75,7 +75,7 @@ def _four_bits(numel: int, held: Mapping[str, Any]) -> int:
 
 def saved(site: Site, leaves: Mapping[str, Leaf], stuck: frozenset[str], rank: int, tokens: int) -> int:
     """Bytes of what the site's backward pass keeps (an estimate, see HOW_ACTIVATIONS)."""
-    learning = {leaf.role for name, leaf in leaves.items() if name not in stuck}
+    learning = {leaf.role for name, leaf in leaves.items() if not is_still(name, stuck)}
     numbers = 0
     if learning & {"input", "router", "own"} and site.kind != "embedding":
         numbers += site.fan_in

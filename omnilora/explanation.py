@@ -19,7 +19,7 @@ from omnilora.core import method as methods
 from omnilora.core.attach import Plan, TiedUse, plan
 from omnilora.core.full import Full
 from omnilora.core.method import Method
-from omnilora.core.parameterization import Leaf, Parameterization, to_config
+from omnilora.core.parameterization import Leaf, Parameterization, is_still, to_config
 from omnilora.core.site import Site
 from omnilora.core.state import AdapterState, SiteState, _on_meta
 from omnilora.core.targets import Targets, targets_from
@@ -145,7 +145,7 @@ def _counted(sites: Plan, tensors: Sequence[Mapping[str, Leaf]]) -> tuple[list[S
             if leaf.shared in seen:
                 continue
             seen |= {leaf.shared} - {None}
-            learns, numel = name not in stuck, leaf.value.numel()
+            learns, numel = not is_still(name, stuck), leaf.value.numel()
             held = numel * (8 if wide else leaf.value.element_size())
             count[learns] += numel
             learning, still = (learning + held, still) if learns else (learning, still + held)

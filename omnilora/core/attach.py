@@ -292,6 +292,7 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
             slot.fill(leaves, how.frozen(), pool)
         slot.train(host.training)
         mine.add(name, slot)
+        how.placed(site, model)
         made[site.name] = slot
     _slow_paths(model)
     hub.add(name)
@@ -487,7 +488,10 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             empty.append(layer)
     for _, layer in hosts(model):
         for adapter in gone:
+            off = layer.adapters.slots.get(adapter, ())
             layer.adapters.drop(adapter)
+            for slot in off:
+                slot.how.removed(slot.site, model)
     for layer in empty:
         detach_layer(layer)
         for key in [k for k, hook in layer._forward_hooks.items() if hook is _nothing]:

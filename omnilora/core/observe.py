@@ -191,6 +191,18 @@ def _listener(site: Site, stats: list[Statistic], mask: list[Tensor | None], bac
     return heard
 
 
+def listen(site: Site, heard: Callable[[Tensor], None]) -> Any:
+    """Call ``heard(x)`` with the tokens x (n, in) of every training forward of a site; returns a handle to remove."""
+
+    def hook(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        if layer.training and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            x = args[0] if args else next(iter(kwargs.values()))
+            with torch.no_grad():
+                heard(tokens(site, x.detach()))
+
+    return site.layer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def tokens(site: Site, x: Tensor) -> Tensor:
     """The rows (n, in) that meet the site's matrix."""
     geo = site.geometry

@@ -141,7 +141,7 @@ class Slot(nn.Module):
                     owner.add_module(step, Slot(self.how, self.site, self.scale, self.adapter))
                 owner = owner._modules[step]  # type: ignore[assignment]
             if leaf.shared is None or leaf.shared not in pool:
-                parameter = nn.Parameter(leaf.value, requires_grad=name not in frozen)
+                parameter = nn.Parameter(leaf.value, requires_grad=not is_still(name, frozen))
                 if leaf.shared is not None:
                     pool[leaf.shared] = parameter
             else:
@@ -192,8 +192,14 @@ class Parameterization(ABC):
         return 0
 
     def frozen(self) -> frozenset[str]:
-        """Nested names of tensors that do not learn."""
+        """Nested names of tensors that do not learn; a name that ends in a dot stands for all that is nested there."""
         return frozenset()
+
+    def placed(self, site: Site, model: nn.Module) -> None:
+        """Called when a slot was put on ``site``: for what the form needs around the layer (an attention function)."""
+
+    def removed(self, site: Site, model: nn.Module) -> None:
+        """Called when the slot was taken off; undoes :meth:`placed`."""
 
     def first_scale(self, site: Site) -> float:
         """The multiplier s at the start; it lives in the state and is never recomputed."""
@@ -206,6 +212,10 @@ class Parameterization(ABC):
     def delta(self, p: Slot, ctx: Context) -> Op:
         """ΔW of an additive parameterization."""
         raise NotImplementedError
+
+    def attend(self, p: Slot, ctx: Context, call: Any) -> Any:
+        """What an attention layer's function is given (:class:`omnilora.attention.hook.Call`), changed by the form."""
+        return call
 
     def adapt(self, W: Op, p: Slot, ctx: Context) -> Op:
         """The adapted map."""
@@ -258,6 +268,12 @@ class Wrapper(Parameterization):
 
     def frozen(self) -> frozenset[str]:
         return frozenset(f"inner.{n}" for n in self.inner.frozen())
+
+
+def is_still(name: str, frozen: frozenset[str]) -> bool:
+    """Whether :meth:`Parameterization.frozen` names a tensor, or a part in which it is nested."""
+    steps = name.split(".")
+    return name in frozen or any(f"{'.'.join(steps[:i])}." in frozen for i in range(1, len(steps)))
 
 
 def is_additive(how: Parameterization) -> bool:

@@ -78,6 +78,9 @@ class Rule:
     def finish(self, run: Run) -> None:
         """After the last step."""
 
+    def detach(self, run: Run) -> None:
+        """When the run closes, finished or not: takes off hooks and patches that :meth:`attach` put on."""
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 

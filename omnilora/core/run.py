@@ -126,11 +126,11 @@ class Run:
             raise RunError(f"{self.method.key!r} makes the gradients of an update itself.",
                            "Call run.update(batches, loss) in place of your forward and backward.")  # fmt: skip
         self._made = False
-        if self.step == 0 and self.owner is None:
-            self._check_gradients()
         with torch.no_grad():
             for rule in self.rules:
                 rule.before_step(self)
+        if self.step == 0 and self.owner is None:
+            self._check_gradients()
         factor = 1.0
         for rule in self.rules:
             factor *= rule.rate(self)
@@ -166,6 +166,9 @@ class Run:
         self.close()
 
     def close(self) -> None:
+        if self._handles:
+            for rule in self.rules:
+                rule.detach(self)
         for handle in self._handles:
             handle.remove()
         self._handles = []

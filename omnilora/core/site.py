@@ -304,6 +304,17 @@ def role_of(name: str, layer: nn.Module) -> str:
     return "other"
 
 
+_ATTENTION_OUT = re.compile(r"(o_proj|out_proj|attention\.output\.dense|attn\.c_proj|attention\.dense|out_lin|wo)$")
+_MLP_OUT = re.compile(r"(down_proj|fc2|fc_out|(?<!attention)\.output\.dense|mlp\.c_proj|dense_4h_to_h|linear2|lin2|w2)$")
+_MLP_IN = re.compile(r"(gate_proj|up_proj|fc1|fc_in|intermediate\.dense|mlp\.c_fc|dense_h_to_4h|linear1|lin1|w[13])$")
+PLACES: dict[str, Callable[[str, nn.Module], bool]] = {
+    "attention-layer": lambda name, layer: "is_causal" in vars(layer),  # calls an attention function
+    "attention-output": lambda name, layer: is_linear(layer) and _ATTENTION_OUT.search(name) is not None,
+    "mlp-output": lambda name, layer: is_linear(layer) and _MLP_OUT.search(name) is not None,
+    "mlp-input": lambda name, layer: is_linear(layer) and _MLP_IN.search(name) is not None,
+}
+
+
 def is_linear(layer: nn.Module) -> bool:
     """Linear in the sense of targets: also transposed storage and other libraries' quantized classes."""
     names = {c.__name__ for c in type(layer).__mro__}
@@ -358,9 +369,9 @@ def _width(layer: nn.Module) -> int:
         if "norm" in type(child).__name__.lower():
             for p in child.parameters(recurse=False):
                 return p.shape[-1]
-    for child in layer.modules():
-        if isinstance(child, nn.Linear):
-            return child.in_features
+    for name, child in layer.named_modules():
+        if is_linear(child) and (site := called_site(name, child)) is not None:
+            return site.fan_in
     raise AttachError("The width of the block cannot be read from its layers.", "Adapt the layers inside it.")
 
 

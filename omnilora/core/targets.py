@@ -2,7 +2,7 @@
 
 A pattern is a suffix of dotted path components (``q_proj``, ``mlp.down_proj``), a regular expression on the whole
 path (``re:layers\\.[0-3]\\..*``), a role (``attention``, ``mlp``, ``head``, ``router``, ``embedding``, ``norm``,
-``all-linear``), any of them with a block of a fused projection (``c_attn[0/3]``: the first of three equal blocks;
+``all-linear``), a place (``attention-layer``, ``attention-output``, ``mlp-input``, ``mlp-output``), any of them with a block of a fused projection (``c_attn[0/3]``: the first of three equal blocks;
 ``c_attn[0:768]``: rows), or ``block:`` and a suffix for a whole layer.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from omnilora.core.site import Site, called_site, inner_reads, is_linear, read_site, role_of
+from omnilora.core.site import PLACES, Site, called_site, inner_reads, is_linear, read_site, role_of
 from omnilora.errors import BadValue, TargetError, UnknownName, nearest
 
 ROLE_WORDS = ("attention", "mlp", "head", "router", "embedding", "norm", "other")
@@ -77,6 +77,8 @@ def matches(pattern: str, name: str, layer: nn.Module) -> bool:
     if pattern == "all-linear":
         return is_linear(layer) and role_of(name, layer) not in ("head", "router")
     if pattern in ROLE_WORDS and role_of(name, layer) == pattern:
+        return True
+    if pattern in PLACES and PLACES[pattern](name, layer):
         return True
     return name == pattern or name.endswith("." + pattern)
 
