@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from omnilora.core.context import Context
-from omnilora.core.parameterization import kaiming
+from omnilora.core.parameterization import Slot, kaiming
 from omnilora.core.rule import Rule
 from omnilora.core.run import Run
 from omnilora.errors import BadValue
 
 
-def fold(run: Run) -> list[Tensor]:
-    """Accumulate what every slot has learnt, draw its factors anew (A Kaiming, B zero), and return those factors."""
+def fresh(slot: Slot) -> None:
+    """LoRA's start: A Kaiming, B zero."""
+    for name, t in slot.by_role("input", "output"):
+        t.copy_(kaiming(*t.shape).to(t)) if slot.roles[name] == "input" else t.zero_()
+
+
+def fold(run: Run, renew: Callable[[Slot], None] = fresh) -> list[Tensor]:
+    """Accumulate what every slot has learnt, let ``renew`` start its factors anew, and return those factors."""
     drawn = []
     for slot in run.slots():
         if "acc" not in slot.roles:
             continue
         slot.acc.add_(slot.how.inner.delta(slot.inner, Context()).dense())  # type: ignore[attr-defined]
-        for name, t in slot.by_role("input", "output"):
-            t.copy_(kaiming(*t.shape).to(t)) if slot.roles[name] == "input" else t.zero_()
-            drawn.append(t)
+        renew(slot)
+        drawn += [t for _, t in slot.by_role("input", "output")]
     return drawn
 
 
