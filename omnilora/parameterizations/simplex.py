@@ -13,7 +13,18 @@ from torch import Tensor
 
 from omnilora.core.context import Context
 from omnilora.core.op import Dropout, Op, chain, softmax
-from omnilora.core.parameterization import Factored, Slot, Tensors, core, input_side, kaiming, normal, one_of, output_side, zeros
+from omnilora.core.parameterization import (
+    Factored,
+    Slot,
+    Tensors,
+    core,
+    input_side,
+    kaiming,
+    normal,
+    one_of,
+    output_side,
+    zeros,
+)
 from omnilora.core.site import Site
 
 FORMS = ("softmax", "real", "binary")
