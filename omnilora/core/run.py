@@ -58,7 +58,7 @@ class Run:
         return hub_of(self.model).emitted
 
     def set(self, name: str, value: Any) -> None:
-        """Side information for the forwards to come (a drawn rank)."""
+        """Side information for the training forwards to come (a drawn rank)."""
         hub_of(self.model).values.setdefault("side", {})[name] = value
 
     # -- updates that a rule makes ----------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ class Run:
             for rule in self.rules:
                 rule.before_forward(self)
             self._drawn = True
-        side = {**hub.values.get("side", {}), **ctx.side}
+        side = {**hub.values.get("side", {}), **ctx.side} if training else ctx.side
         sink = ctx.sink
         if training:
             hub.emitted.clear()

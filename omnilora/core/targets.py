@@ -2,8 +2,9 @@
 
 A pattern is a suffix of dotted path components (``q_proj``, ``mlp.down_proj``), a regular expression on the whole
 path (``re:layers\\.[0-3]\\..*``), a role (``attention``, ``mlp``, ``head``, ``router``, ``embedding``, ``norm``,
-``all-linear``), a place (``attention-layer``, ``attention-output``, ``mlp-input``, ``mlp-output``), any of them with a block of a fused projection (``c_attn[0/3]``: the first of three equal blocks;
-``c_attn[0:768]``: rows), or ``block:`` and a suffix for a whole layer.
+``all-linear``), a place (``attention-layer``, ``attention-output``, ``mlp-input``, ``mlp-output``), any of them with a
+block of a fused projection (``c_attn[0/3]``: the first of three equal blocks; ``c_attn[0:768]``: rows), or ``block:``
+and a pattern for a whole layer.
 """
 
 from __future__ import annotations
