@@ -72,11 +72,18 @@ class Noisy(Rule):
 
 SCHEDULED = {
     "adalora": {},
+    "bilora": {"r": 2},
     "cola": {"links": 3, "r": 2},
     "delta_lora": {"r": 2, "start": 4},
     "dylora": {"r": 4},
+    "flora_opt": {"rank": 4, "gap": 3, "accumulation": True},
     "galore": {"rank": 4, "gap": 3},
-    "relora": {"r": 2, "every": 4, "warmup": 2},
+    "hiddenkey": {"r": 2, "p_key": 0.2, "beta": 1.0},
+    "local_lora": {"parts": 2, "r": 2},
+    "lte": {"heads": 2, "r": 2, "every": 3},
+    "prilora": {"r_start": 2, "r_end": 3, "every": 3},
+    "relora": {"r": 2, "every": 4, "warmup": 2, "reset": "zero"},
+    "rosa": {"r": 2, "every": 3},
     "sora": {"r": 4, "xi": 1e-2},
 }
 

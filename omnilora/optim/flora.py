@@ -70,7 +70,7 @@ class FloraAdafactor(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros(())
-            state["seed"] = torch.tensor(group["seed"] * 1_000_003 + number)
+            state["seed"] = group["seed"] * 1_000_003 + number
         state["step"] += 1
         u = self._preconditioned(p, state, group)
         rate = group["lr"] * (max(group["eps"][1], float(rms(p))) if group["relative"] else 1.0)
@@ -101,13 +101,12 @@ class FloraAdafactor(torch.optim.Optimizer):
             if "mean" not in state:
                 state["mean"] = torch.zeros_like(u)
             return state["mean"].mul_(beta).add_(u, alpha=1 - beta)
-        seed = int(state["seed"])
+        seed = state["seed"]
         if "C" not in state:
             state["C"] = torch.zeros_like(down(u, seed, r))
         before = up(state["C"], seed, p.shape)
         if int(state["step"]) % group["gap"] == 0:
-            state["seed"] += 1_000_000_007
-            seed = int(state["seed"])
+            seed = state["seed"] = seed + 1_000_000_007
             state["C"] = down(before, seed, r)
         state["C"].mul_(beta).add_(down(u, seed, r), alpha=1 - beta)
         return (1 - beta) * u + beta * before if group["query"] == "exact" else up(state["C"], seed, p.shape)

@@ -71,9 +71,9 @@ class Heads(Factored):
 
     def own_head(self, x: Tensor, first: int, count: int) -> Tensor:
         """x (batch, …): a one-hot choice of head for each row, (batch, 1, …, 2Hr); heads first … first + count − 1."""
-        if x.shape[0] % count:
-            raise ContextError(f"A batch of {x.shape[0]} rows cannot be divided among {count} heads.",
-                               "Choose a batch size that the number of heads divides, and drop the last short batch.")  # fmt: skip
+        if x.dim() == 2 and x.shape[0] % count:  # rows, or tokens of rows: only equal chunks are the same for both
+            raise ContextError(f"{x.shape[0]} rows of tokens cannot be divided among {count} heads.",
+                               "Choose a batch size that the number of heads divides.")  # fmt: skip
         head = first + torch.arange(x.shape[0], device=x.device) * count // x.shape[0]
         one = torch.nn.functional.one_hot(head, self.heads).repeat_interleave(self.r, -1).repeat(1, 2)
         return one.view(x.shape[0], *[1] * (x.dim() - 2), -1)
