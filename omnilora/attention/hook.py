@@ -107,6 +107,12 @@ def slots_attend(call: Call) -> Call:
     return call
 
 
+def unhook_slots(layer: nn.Module, model: nn.Module) -> None:
+    """Take :func:`slots_attend` off a layer that has no adapter any more."""
+    if not (isinstance(layer, Adapted) and layer.adapters.slots):
+        unhook(layer, slots_attend, model)
+
+
 def _register(before: str) -> None:
     masks, functions = need("transformers.masking_utils", "train"), need("transformers.modeling_utils", "train")
     functions.ALL_ATTENTION_FUNCTIONS.register(PREFIX + before, partial(attend, before))

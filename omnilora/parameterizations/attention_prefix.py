@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from omnilora.attention.hook import Call, hook, is_attention, slots_attend, unhook
+from omnilora.attention.hook import Call, hook, is_attention, slots_attend, unhook_slots
 from omnilora.core.context import Context
 from omnilora.core.op import Op
 from omnilora.core.parameterization import Parameterization, Slot, Tensors, core, normal, positive_rank
@@ -68,7 +68,7 @@ class Prefix(Parameterization):
         hook(site.layer, slots_attend)
 
     def removed(self, site: Site, model: nn.Module) -> None:
-        unhook(site.layer, slots_attend, model)
+        unhook_slots(site.layer, model)
 
 
 def _kv_width(layer: Any) -> int:
