@@ -3,7 +3,7 @@
     P (r, n) or (r, m) ~ N(0, 1/r) from a seed, never stored;  the smaller side of G (m, n) is compressed:
     down(G) = G Pᵀ (m, r) or P G (r, n),   up(C) = C P or Pᵀ C,   E[up(down(G))] = G
 
-    momentum:      W ← W − η [(1−β) u + β up(C)],   C ← β C + (1−β) down(u),   u Adafactor's update
+    momentum:      W ← W − η clip[(1−β) u + β up(C)],   C ← β C + (1−β) down(u),   u Adafactor's update
                    every ``gap`` steps C ← down'(up(C)) with a new seed
     accumulation:  C ← C + down(G_k) for each micro-batch,  Ĝ = up(C),  a new seed for each update
 """
@@ -75,25 +75,25 @@ class FloraAdafactor(torch.optim.Optimizer):
         u = self._preconditioned(p, state, group)
         rate = group["lr"] * (max(group["eps"][1], float(rms(p))) if group["relative"] else 1.0)
         move = self._smoothed(u, state, group, p)
+        move = move / max(1.0, float(rms(move)) / group["clip"])
         if group["weight_decay"]:
             p.mul_(1 - group["weight_decay"] * rate)
         p.add_(move, alpha=-rate)
 
     def _preconditioned(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """Adafactor's g / √v̂, clipped in RMS; the second moment of a matrix is kept by rows and columns."""
+        """Adafactor's g / √v̂; the second moment of a matrix is kept by rows and columns."""
         g = p.grad
         assert g is not None
         g = g if g.dtype == torch.float64 else g.float()
         b2, squares = 1 - float(state["step"]) ** group["decay"], g.square() + group["eps"][0]
-        if p.dim() >= 2:
+        if p.dim() == 2:
             row, col = squares.mean(-1), squares.mean(-2)
             row = state["row"].lerp_(row, 1 - b2) if "row" in state else state.setdefault("row", row)
             col = state["col"].lerp_(col, 1 - b2) if "col" in state else state.setdefault("col", col)
-            u = g * (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
+            return g * (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
         else:
-            v = state["sq"].lerp_(squares, 1 - b2) if "sq" in state else state.setdefault("sq", squares)
-            u = g * v.rsqrt()
-        return u / max(1.0, float(rms(u)) / group["clip"])
+            v: Tensor = state["sq"].lerp_(squares, 1 - b2) if "sq" in state else state.setdefault("sq", squares)
+            return g * v.rsqrt()
 
     def _smoothed(self, u: Tensor, state: dict[str, Any], group: dict[str, Any], p: Tensor) -> Tensor:
         beta, r = group["beta"], group["rank"]

@@ -45,7 +45,7 @@ class Resample(Rule):
     """Every ``every`` updates (an int, or a share of the run below 1): keep what was learnt, draw a new slice, drop the
     optimizer's states of its factors."""
 
-    def __init__(self, every: int | float = 0.1, pick: str = "random") -> None:
+    def __init__(self, every: int | float = 0.25, pick: str = "random") -> None:
         one_of(pick, "pick", *PICKS)
         if every <= 0 or (every >= 1 and every != int(every)):
             raise BadValue(f"every = {every!r}.", "Give a number of updates, or a share of the run below 1.")
