@@ -21,6 +21,7 @@ CARD = Card(
     tags=frozenset({"zero_at_init", "mergeable", "low_rank", "additive", "shared", "trains_lm", "rows"}),
     defaults={"r": 8, "alpha": 1.0, "group": "shape"},
     cases=({"r": 3, "alpha": 5.0}, {"r": 2, "alpha": 3.0, "group": "type"}),
+    agreement=("Official LoTRLinear on the same tensors, fp64: outputs and gradients within 3e-16.",),
     differs=("All sites of a shape share by default, as the published code's one container for q and v; "
              "group='type' shares by projection name.",),
     limits=(

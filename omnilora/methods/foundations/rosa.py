@@ -21,7 +21,7 @@ CARD = Card(
     purpose="A random slice of the weight's own singular vectors trains as A and B; it is kept and another is drawn.",
     venue="ICML 2023 workshop",
     tags=frozenset({"zero_at_init", "mergeable", "additive", "scheduled", "trains_lm", "rows"}),
-    defaults={"r": 8, "every": 0.1, "pick": "random", "train": "AB"},
+    defaults={"r": 8, "every": 0.25, "pick": "random", "train": "AB"},
     cases=({"r": 2, "alpha": 3.0, "every": 4}, {"r": 2, "pick": "top", "train": "B", "every": 5}),
     differs=(
         "'random' is a random subset of the singular vectors; the official code draws a window of neighbours, which can "
@@ -36,7 +36,7 @@ CARD = Card(
 )
 
 
-def rosa(r: int = 8, alpha: float | None = None, every: int | float = 0.1, pick: str = "random", train: str = "AB",
+def rosa(r: int = 8, alpha: float | None = None, every: int | float = 0.25, pick: str = "random", train: str = "AB",
          dropout: float = 0.0) -> Method:  # fmt: skip
     """``every``: updates between two slices, or a share of the run below 1; ``pick``: "random", "top", "bottom",
     "window"; ``train``: "AB", "A" or "B"; ``alpha``: None for s = 1."""
