@@ -39,8 +39,7 @@ def bases(key: str, k: int, numel: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 @torch.library.custom_op("omnilora::mix", mutates_args=(), schema="(Tensor c, str key, int[] shape) -> Tensor")
-def mix(c: Tensor, key: str, shape: list[int]) -> Tensor:
-    """c (…, k) → Σ_i c_i U_i (…, *shape)."""
+def _mix(c: Tensor, key: str, shape: list[int]) -> Tensor:
     out = c.new_zeros(*c.shape[:-1], math.prod(shape))
     for rows, u in bases(key, c.shape[-1], math.prod(shape)):
         out += c[..., rows] @ u.to(c)
@@ -48,25 +47,54 @@ def mix(c: Tensor, key: str, shape: list[int]) -> Tensor:
 
 
 @torch.library.custom_op("omnilora::unmix", mutates_args=(), schema="(Tensor g, str key, int[] shape, int k) -> Tensor")
-def unmix(g: Tensor, key: str, shape: list[int], k: int) -> Tensor:
-    """g (…, *shape) → (⟨g, U_i⟩)_i (…, k): the transpose of ``mix``."""
+def _unmix(g: Tensor, key: str, shape: list[int], k: int) -> Tensor:
     flat = g.flatten(-len(shape))
     return torch.cat([flat @ u.to(g).mT for _, u in bases(key, k, flat.shape[-1])], -1)
 
 
-mix.register_fake(lambda c, key, shape: c.new_empty(*c.shape[:-1], *shape))
-unmix.register_fake(lambda g, key, shape, k: g.new_empty(*g.shape[: g.dim() - len(shape)], k))
+_mix.register_fake(lambda c, key, shape: c.new_empty(*c.shape[:-1], *shape))
+_unmix.register_fake(lambda g, key, shape, k: g.new_empty(*g.shape[: g.dim() - len(shape)], k))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.given = inputs[1:]
-    ctx.k = inputs[0].shape[-1]
+class Mix(torch.autograd.Function):
+    """c (…, k) → Σ_i c_i U_i (…, *shape). Only c and the name of the bases are kept for the backward pass."""
+
+    @staticmethod
+    def forward(c: Tensor, key: str, shape: list[int]) -> Tensor:
+        return torch.ops.omnilora.mix(c, key, shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        c, ctx.key, ctx.shape = inputs
+        ctx.k = c.shape[-1]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return Unmix.apply(g, ctx.key, ctx.shape, ctx.k), None, None
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, c: Tensor, key: str, shape: list[int]) -> tuple[Tensor, int]:
+        return Mix.apply(c.movedim(dims[0], 0), key, shape), 0
 
 
-mix.register_autograd(lambda ctx, g: (unmix(g, *ctx.given, ctx.k), None, None), setup_context=_keep)
-unmix.register_autograd(lambda ctx, g: (mix(g, *ctx.given[:2]), None, None, None), setup_context=_keep)
-mix.register_vmap(lambda info, dims, c, *rest: (mix(c.movedim(dims[0], 0), *rest), 0))
-unmix.register_vmap(lambda info, dims, g, *rest: (unmix(g.movedim(dims[0], 0), *rest), 0))
+class Unmix(torch.autograd.Function):
+    """g (…, *shape) → (⟨g, U_i⟩)_i (…, k): the transpose of :class:`Mix`."""
+
+    @staticmethod
+    def forward(g: Tensor, key: str, shape: list[int], k: int) -> Tensor:
+        return torch.ops.omnilora.unmix(g, key, shape, k)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.key, ctx.shape, ctx.k = inputs
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor) -> Any:
+        return Mix.apply(c, ctx.key, ctx.shape), None, None, None
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, g: Tensor, key: str, shape: list[int], k: int) -> tuple[Tensor, int]:
+        return Unmix.apply(g.movedim(dims[0], 0), key, shape, k), 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +123,6 @@ class NOLA(Factored):
         """A (…, r, in): A₀ is basis 0 of its generator, with the weight 1/√in; B (…, out, r)."""
         site, key = p.site, f"{self.seed}/{p.site.name}"
         first = p.alpha.new_full((1,), 1 / math.sqrt(site.fan_in))
-        A = mix(torch.cat((first, p.alpha / math.sqrt(self.k_A))), f"{key}/A", [*site.batch, self.r, site.fan_in])
-        B = mix(p.beta / math.sqrt(self.k_B), f"{key}/B", [*site.batch, site.fan_out, self.r])
+        A = Mix.apply(torch.cat((first, p.alpha / math.sqrt(self.k_A))), f"{key}/A", [*site.batch, self.r, site.fan_in])
+        B = Mix.apply(p.beta / math.sqrt(self.k_B), f"{key}/B", [*site.batch, site.fan_out, self.r])
         return A, B

@@ -37,7 +37,7 @@ CARD = Card(
     limits=(
         "Every forward and every backward draws k·r·(in + out) numbers a site: about 5 ms for 2.4 million on one core.",
         "The file is tied to torch's CPU generator (mt19937) and to the names of the sites.",
-        "No forward-mode derivatives through the coefficients. Coefficients are stored in fp32, not in 4 bits.",
+        "No forward-mode derivatives through the coefficients (torch.func.jvp). Coefficients are stored in fp32, not in 4 bits.",
         "Works on any site; the paper adapts linear layers only.",
     ),
 )
