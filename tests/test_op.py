@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omnilora.core.op import Chain, Dropout, Gate, Lerp, Matrix, Op, Rows, Scaled, Splice, Sum, chain, weigh
+from omnilora.core.op import Chain, Dropout, Gate, Lerp, Matrix, Op, Residual, Rows, Scaled, Splice, Sum, chain, weigh
 from omnilora.errors import NotMergeable
 
 OUT, IN = 6, 5
@@ -18,7 +18,7 @@ def draw(*shape, seed):
 @st.composite
 def tree(draw_, depth=3):
     seed = draw_(st.integers(0, 10_000))
-    kind = draw_(st.sampled_from(["matrix", "lowrank", "diag", "sum", "scaled", "vector", "splice", "lerp"] if depth else ["matrix", "lowrank"]))
+    kind = draw_(st.sampled_from(["matrix", "lowrank", "diag", "sum", "scaled", "vector", "splice", "lerp", "series"] if depth else ["matrix", "lowrank"]))
     if kind == "matrix":
         return Matrix(draw(OUT, IN, seed=seed))
     if kind in ("lowrank", "diag"):
@@ -28,6 +28,8 @@ def tree(draw_, depth=3):
     inner = draw_(tree(depth - 1))
     if kind == "scaled":
         return Scaled(0.7, inner)
+    if kind == "series":
+        return chain(Residual(chain(draw(OUT, 2, seed=seed), draw(2, OUT, seed=seed + 1))), inner)
     if kind == "vector":
         return chain(draw(OUT, seed=seed), inner)
     if kind == "splice":
@@ -56,6 +58,11 @@ def test_offsets_survive_composition(op, seed):
     shifted = chain(draw(OUT, seed=seed + 1), op.shift(c))
     x = draw(4, IN, seed=3)
     torch.testing.assert_close(shifted(x), shifted.linear(x) + shifted.offset, rtol=1e-10, atol=1e-10)
+    left = chain(draw(OUT, 2, seed=seed + 2), draw(2, OUT, seed=seed + 3)).shift(draw(OUT, seed=seed + 4))
+    series = chain(Residual(left), shifted)
+    torch.testing.assert_close(series(x), x @ series.dense().mT + series.offset, rtol=1e-10, atol=1e-10)
+    part = Splice(op, 1, 4, Rows(op, 1, 4).shift(c[1:4]))
+    torch.testing.assert_close(part(x), x @ part.dense().mT + part.offset, rtol=1e-10, atol=1e-10)
 
 
 def test_weighing_an_added_map_does_not_cancel():

@@ -37,6 +37,10 @@ class ConvGeometry(Geometry):
 
     plain = False
 
+    @property
+    def separate(self) -> bool:  # type: ignore[override]
+        return self.groups > 1
+
     def features(self, y: Tensor) -> Tensor:
         return y.movedim(-len(self.kernel) - 1, -1)
 
