@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from omnilora.core.op import Chain, Dropout, Gate, Lerp, Matrix, Op, Residual, Rows, Scaled, Splice, Sum, chain, weigh
 from omnilora.errors import NotMergeable
+from omnilora.parameterizations.kronecker import Kron
+from omnilora.parameterizations.orthogonal import Blocks
 
 OUT, IN = 6, 5
 
@@ -113,3 +115,18 @@ def test_applying_never_forms_the_matrix():
         op(torch.zeros(3, 4096))
     assert max(seen) <= 2 * 4096 * 3
     assert isinstance(op, Scaled) and isinstance(op.op, Chain)
+
+
+@pytest.mark.parametrize("g", [1, 2, 4])
+def test_blocks_and_kronecker_products_equal_their_matrices(g):
+    x = draw(3, 16, seed=1)
+    blocks = Blocks(draw(4, 4, 4, seed=2), g)
+    kron = Kron(draw(2, 4, seed=3), draw(3, 4, seed=4))
+    for op, out in ((blocks, 16), (kron, 6), (chain(kron, blocks), 6), (chain(draw(6, seed=5), kron), 6)):
+        m = op.dense()
+        assert m.shape == (out, 16)
+        torch.testing.assert_close(op(x), x @ m.mT, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(op.transpose()(draw(5, out, seed=6)), draw(5, out, seed=6) @ m, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(kron.dense(), torch.kron(kron.a, kron.b))
+    perm = torch.arange(16).view(-1, g, 2, 2).transpose(1, 2).flatten() if g > 1 else torch.arange(16)
+    torch.testing.assert_close(blocks.dense()[torch.argsort(perm)][:, torch.argsort(perm)], torch.block_diag(*blocks.m))

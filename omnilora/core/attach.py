@@ -82,7 +82,7 @@ def plan(model: nn.Module, method: Method, targets: Targets) -> Plan:
         out.append((source_site(model), method.source))
     if not out and targets.bias != "none":
         raise TargetError(f"{type(model).__name__} has no bias, and {method.key!r} trains nothing else.",
-                          "Adapt layers with another method, or train norms with 'ln_tuning'.")  # fmt: skip
+                          "Adapt layers with another method, or train norms: unfreeze=['norm'].")  # fmt: skip
     if not out:
         raise TargetError(f"Method {method.key!r} has nothing to adapt.",
                           "Give targets or unfreeze patterns; methods that combine adapters go through ol.combine.")  # fmt: skip

@@ -393,3 +393,8 @@ def inner_reads(layer: nn.Module) -> list[tuple[str, nn.Module, str]]:
     if isinstance(layer, nn.RNNBase):
         return [(n, layer, n) for n in layer._flat_weights_names if n.startswith("weight")]
     return []
+
+
+def reader_of(layer: nn.Module, parent: nn.Module | None) -> nn.Module | None:
+    """``parent``, where it reads the tensors of ``layer`` instead of calling it."""
+    return parent if parent is not None and any(owner is layer for _, owner, _ in inner_reads(parent)) else None

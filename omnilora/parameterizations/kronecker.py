@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from omnilora.core.context import Context
-from omnilora.core.op import Geometry, Op
+from omnilora.core.op import Dropout, Geometry, Op, chain
 from omnilora.core.parameterization import Factored, Slot, Tensors, core, input_side, kaiming, output_side, zeros
 from omnilora.core.site import Site
-from omnilora.errors import BadValue
+from omnilora.errors import BadValue, NotExpressible
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +74,8 @@ class LoKr(Factored):
         return self.alpha / self.r if first or second else 1.0
 
     def init(self, site: Site, seen: Any = None) -> Tensors:
+        if site.batch:
+            raise NotExpressible(f"{site.name} is a stack of weights, the product is one matrix.", "Leave it out.")
         (l, k), (m, n), per, first, second = self.sides(site)
         made = Tensors()
         if first:
@@ -89,4 +91,4 @@ class LoKr(Factored):
     def delta(self, p: Slot, ctx: Context) -> Op:
         w1 = p.w1 if "w1" in p.roles else p.w1a @ p.w1b
         w2 = p.w2 if "w2" in p.roles else p.w2a @ p.w2b
-        return p.scale * Kron(w1, w2)
+        return p.scale * chain(Kron(w1, w2), Dropout(self.dropout, p.training))

@@ -37,6 +37,8 @@ class IA3(Parameterization):
         one_of(self.side, "side", "output", "input")
 
     def init(self, site: Site, seen: Any = None) -> Tensors:
+        if site.batch:
+            raise NotExpressible(f"{site.name} is a stack of weights, l is one vector.", "Leave it out.")
         if self.side == "output":
             return Tensors(l=magnitude(torch.ones(site.fan_out)))
         if site.kind == "embedding" or site.geometry.separate:

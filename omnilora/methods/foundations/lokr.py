@@ -20,7 +20,7 @@ CARD = Card(
     venue="ICLR 2024",
     tags=frozenset({"zero_at_init", "mergeable", "additive", "trains_lm", "rows"}),
     defaults={"r": 8, "alpha": 8.0, "factor": -1, "both": False},
-    cases=({"r": 1, "alpha": 3.0}, {"r": 1, "alpha": 3.0, "both": True}, {"r": 4, "alpha": 5.0, "factor": 2}),
+    cases=({"r": 1, "alpha": 3.0}, {"r": 1, "alpha": 3.0, "both": True, "dropout": 0.1}, {"r": 4, "alpha": 5.0, "factor": 2}),
     agreement=("PEFT 0.21.2, linear and 2-D convolution: forward and gradients equal to 1e-5 (tests/test_agreement_relatives.py).",),
     differs=(
         "The product is applied as w₁ X w₂ᵀ on the reshaped input; LyCORIS and PEFT form ΔW. Convolutions and embeddings form "
@@ -29,13 +29,13 @@ CARD = Card(
         "Starts as LyCORIS does, w₁ Kaiming-uniform and w₂ zero; PEFT's default sets w₁ to zero.",
         "A convolution's kernel belongs to w₂, unfolded; the CP form of LyCORIS is not offered.",
     ),
-    limits=("No dropout.",),
+    limits=("A stack of experts' weights is not adapted.",),
 )
 
 
-def lokr(r: int = 8, alpha: float = 8.0, factor: int = -1, both: bool = False) -> Method:
+def lokr(r: int = 8, alpha: float = 8.0, dropout: float = 0.0, factor: int = -1, both: bool = False) -> Method:
     """``factor``: sides of w₁ (−1: the most balanced division); ``both``: w₁ is factored too where r is small enough."""
-    return Method("lokr", LoKr(r, alpha, factor=factor, both=both))
+    return Method("lokr", LoKr(r, alpha, dropout, factor, both))
 
 
 def _rank(broken: bool) -> float:
