@@ -8,7 +8,7 @@ import torch
 
 from omnilora import proofs
 from omnilora.contract import shake
-from omnilora.core.attach import adapt
+from omnilora.core.attach import adapt, slots
 from omnilora.core.merge import merge
 from omnilora.core.method import Card, Claim, Method
 from omnilora.core.parameterization import Parameterization
@@ -64,17 +64,14 @@ def _columns(broken: bool) -> float:
 
 
 def _whole_output(broken: bool) -> float:
-    """Gap of the merged layer's output to l ⊙ (W x + b) (broken: the bias is not rescaled)."""
-    model = proofs.Stack(12, 10, bias=True)
-    bias = model.layers[0].bias.detach().clone()
+    """Gap of the merged layer's output to l ⊙ (W x + b) (broken: to l ⊙ W x + b)."""
+    model, x = proofs.Stack(12, 10, bias=True), torch.randn(9, 12)
+    y, bias = model(x).detach(), model.layers[0].bias.detach().clone()
     adapt(model, ia3(side="output"), ["layers.0"])
     shake(model)
-    x = torch.randn(9, 12)
-    y = model(x).detach()
+    l = slots(model)[0].l.detach()
     merge(model)
-    if broken:
-        model.layers[0].bias.data.copy_(bias)
-    return proofs.relative(model(x).detach(), y)
+    return proofs.relative(model(x).detach(), l * (y - bias) + bias if broken else l * y)
 
 
 def claims() -> list[Claim]:
@@ -82,5 +79,5 @@ def claims() -> list[Claim]:
         Claim("rescaled columns", "a rescaling of what the layer reads is learnt with `in` numbers", _columns,
               lambda f: f < 1e-3, "LoRA of more numbers"),
         Claim("the bias too", "keys and values are rescaled as they leave the layer", _whole_output, lambda f: f < 1e-5,
-              "the bias keeps its value"),
+              "a bias that keeps its value"),
     ]  # fmt: skip

@@ -5,7 +5,6 @@ import torch
 from omnilora import proofs
 from omnilora.core.attach import adapt, slots
 from omnilora.core.method import Card, Claim, Method
-from omnilora.core.run import trainable
 from omnilora.core.targets import Targets
 from omnilora.families import ATTENTION_OUT, FFN_DOWN, layers
 from omnilora.parameterizations.bottleneck import Bottleneck
@@ -64,12 +63,17 @@ def _deviation(broken: bool) -> float:
     return float(contract(cores).std().detach()) * (768 + 64) ** 0.5
 
 
-def _size(broken: bool) -> float:
-    """Trainable numbers of one adapter at d = 768 (broken: free matrices of the same bottleneck)."""
-    with torch.device("meta"):
-        model = proofs.Stack(768, 768)
-    adapt(model, Method("x", Bottleneck(64, bias=True)) if broken else loretta_adp(norms=False), ["layers.0"])
-    return float(sum(t.numel() for t in trainable(model)))
+def _formula(broken: bool) -> float:
+    """Gap of a layer's output to z + c (U relu(D z + b_D) + b_U), z = W x, trains spelled out (broken: without biases)."""
+    model, x = proofs.Stack(16, 24, bias=True), torch.randn(32, 16)
+    z = model(x).detach()
+    adapt(model, loretta_adp(m=8, tensor_rank=3, scale=0.7, start="normal", norms=False), ["layers.0"])
+    (s,) = slots(model)
+    on = 0.0 if broken else 1.0
+    with torch.no_grad():
+        D, U = contract(train_of(s, "D")).reshape(24, 8), contract(train_of(s, "U")).reshape(8, 24)
+        want = z + 0.7 * (torch.relu(z @ D + on * s.bD) @ U + on * s.bU)
+        return proofs.relative(model(x), want)
 
 
 def _family(broken: bool) -> float:
@@ -92,8 +96,8 @@ def claims() -> list[Claim]:
     return [
         Claim("entry deviation", "entries of a fresh train have the deviation 1/√(d + m)", _deviation,
               lambda f: 0.6 < f < 1.5, "cores of deviation 1"),
-        Claim("size", "780 + 780 + 64 + 768 numbers an adapter at d = 768", _size, lambda f: f == 2392,
-              "free matrices of the same bottleneck"),
+        Claim("a bottleneck after the layer", "z + c (U φ(D z + b_D) + b_U) on what the layer makes, bias included", _formula,
+              lambda f: f < 1e-5, "a bottleneck without biases"),
         Claim("its own family", "an adapter of the same trains is learnt", _family, lambda f: f < 0.1,
               "LoRA of equal size"),
     ]  # fmt: skip
