@@ -176,3 +176,10 @@ def test_training_hooks_go_with_the_run():
     run.close()
     assert model.config._attn_implementation == "sdpa"
     unhook(model.model.layers[0].self_attn, len, model)
+
+
+def test_published_count_of_a_prefix():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32))
+    ol.adapt(model, ol.method("llm_adapters", kind="prefix", tokens=10))
+    assert sum(t.numel() for t in ol.trainable(model)) == 2_621_440

@@ -27,6 +27,11 @@ def llama7b():
     return stack(32, q_proj=(d, d), k_proj=(d, d), v_proj=(d, d), o_proj=(d, d), gate_proj=(f, d), up_proj=(f, d), down_proj=(d, f))
 
 
+def llama70b():
+    d, f, kv = 8192, 28672, 1024
+    return stack(80, q_proj=(d, d), k_proj=(kv, d), v_proj=(kv, d), o_proj=(d, d), gate_proj=(f, d), up_proj=(f, d), down_proj=(d, f))
+
+
 def count(model):
     return sum(t.numel() for t in ol.trainable(model))
 
@@ -37,6 +42,11 @@ def count(model):
         (ol.method("lora", r=8), roberta(), 294_912),
         (ol.method("lora", r=8), roberta(large=True), 786_432),
         (ol.method("lora_fa", r=8), roberta(), 147_456),
+        (ol.method("nola"), llama70b(), 573_440),
+        (ol.method("loretta_adp", norms=False), stack(12, o_proj=(768, 768), down_proj=(768, 3072)), 57_408),
+        (ol.method("llm_adapters"), stack(32, up_proj=(11_008, 4096), gate_proj=(11_008, 4096)), 134_217_728),
+        (ol.method("llm_adapters", kind="parallel"), stack(32, up_proj=(11_008, 4096), down_proj=(4096, 11_008)), 247_463_936),
+        (ol.method("llm_adapters", kind="lora", r=8), stack(32, q_proj=(4096, 4096), v_proj=(4096, 4096)), 4_194_304),
         (ol.method("loretta_rep", r=8), roberta(), 27_840),
         (ol.method("melora", n=4, r=8), roberta(), 294_912),
         (ol.method("lotr", r=32), roberta(), 73_728),

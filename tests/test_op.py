@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omnilora.core.op import Chain, Dropout, Gate, Lerp, Matrix, Op, Rows, Scaled, Splice, Sum, chain, weigh
+from omnilora.core.op import Chain, Dropout, Gate, Lerp, Matrix, Op, Residual, Rows, Scaled, Splice, Sum, chain, weigh
 from omnilora.errors import NotMergeable
+from omnilora.parameterizations.kronecker import Kron
+from omnilora.parameterizations.orthogonal import Blocks
 
 OUT, IN = 6, 5
 
@@ -18,7 +20,7 @@ def draw(*shape, seed):
 @st.composite
 def tree(draw_, depth=3):
     seed = draw_(st.integers(0, 10_000))
-    kind = draw_(st.sampled_from(["matrix", "lowrank", "diag", "sum", "scaled", "vector", "splice", "lerp"] if depth else ["matrix", "lowrank"]))
+    kind = draw_(st.sampled_from(["matrix", "lowrank", "diag", "sum", "scaled", "vector", "splice", "lerp", "series"] if depth else ["matrix", "lowrank"]))
     if kind == "matrix":
         return Matrix(draw(OUT, IN, seed=seed))
     if kind in ("lowrank", "diag"):
@@ -28,6 +30,8 @@ def tree(draw_, depth=3):
     inner = draw_(tree(depth - 1))
     if kind == "scaled":
         return Scaled(0.7, inner)
+    if kind == "series":
+        return chain(Residual(chain(draw(OUT, 2, seed=seed), draw(2, OUT, seed=seed + 1))), inner)
     if kind == "vector":
         return chain(draw(OUT, seed=seed), inner)
     if kind == "splice":
@@ -56,6 +60,11 @@ def test_offsets_survive_composition(op, seed):
     shifted = chain(draw(OUT, seed=seed + 1), op.shift(c))
     x = draw(4, IN, seed=3)
     torch.testing.assert_close(shifted(x), shifted.linear(x) + shifted.offset, rtol=1e-10, atol=1e-10)
+    left = chain(draw(OUT, 2, seed=seed + 2), draw(2, OUT, seed=seed + 3)).shift(draw(OUT, seed=seed + 4))
+    series = chain(Residual(left), shifted)
+    torch.testing.assert_close(series(x), x @ series.dense().mT + series.offset, rtol=1e-10, atol=1e-10)
+    part = Splice(op, 1, 4, Rows(op, 1, 4).shift(c[1:4]))
+    torch.testing.assert_close(part(x), x @ part.dense().mT + part.offset, rtol=1e-10, atol=1e-10)
 
 
 def test_weighing_an_added_map_does_not_cancel():
@@ -106,3 +115,18 @@ def test_applying_never_forms_the_matrix():
         op(torch.zeros(3, 4096))
     assert max(seen) <= 2 * 4096 * 3
     assert isinstance(op, Scaled) and isinstance(op.op, Chain)
+
+
+@pytest.mark.parametrize("g", [1, 2, 4])
+def test_blocks_and_kronecker_products_equal_their_matrices(g):
+    x = draw(3, 16, seed=1)
+    blocks = Blocks(draw(4, 4, 4, seed=2), g)
+    kron = Kron(draw(2, 4, seed=3), draw(3, 4, seed=4))
+    for op, out in ((blocks, 16), (kron, 6), (chain(kron, blocks), 6), (chain(draw(6, seed=5), kron), 6)):
+        m = op.dense()
+        assert m.shape == (out, 16)
+        torch.testing.assert_close(op(x), x @ m.mT, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(op.transpose()(draw(5, out, seed=6)), draw(5, out, seed=6) @ m, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(kron.dense(), torch.kron(kron.a, kron.b))
+    perm = torch.arange(16).view(-1, g, 2, 2).transpose(1, 2).flatten() if g > 1 else torch.arange(16)
+    torch.testing.assert_close(blocks.dense()[torch.argsort(perm)][:, torch.argsort(perm)], torch.block_diag(*blocks.m))

@@ -23,6 +23,7 @@ from omnilora.core.targets import Targets, check_overrides, find_sites, matches,
 from omnilora.errors import AttachError, BadValue, RunError, TargetError, UnknownName, nearest
 
 Plan = list[tuple[Site, Parameterization]]
+_BIAS = re.compile(r"(.*_)?bias(_.*)?")  # also in_proj_bias of attention, bias_ih_l0 of an LSTM
 
 
 def hub_of(model: nn.Module) -> Hub:
@@ -79,6 +80,9 @@ def plan(model: nn.Module, method: Method, targets: Targets) -> Plan:
     out += [(s, Full()) for s, _ in (own_sites(model, biased) if biased else []) if s.name not in taken]
     if method.source is not None:
         out.append((source_site(model), method.source))
+    if not out and targets.bias != "none":
+        raise TargetError(f"{type(model).__name__} has no bias, and {method.key!r} trains nothing else.",
+                          "Adapt layers with another method, or train norms: unfreeze=['norm'].")  # fmt: skip
     if not out:
         raise TargetError(f"Method {method.key!r} has nothing to adapt.",
                           "Give targets or unfreeze patterns; methods that combine adapters go through ol.combine.")  # fmt: skip
@@ -112,8 +116,8 @@ def _biases(model: nn.Module, targets: Targets, adapted: list[Site]) -> list[str
     if targets.bias == "none":
         return []
     chosen = {id(s.layer) for s in adapted}
-    return [f"re:{re.escape(f'{n}.bias')}" for n, m in model.named_modules()
-            if m._parameters.get("bias") is not None and n and ".adapters" not in n
+    return [f"re:{re.escape(f'{n}.{p}')}" for n, m in model.named_modules() for p, value in m._parameters.items()
+            if value is not None and n and ".adapters" not in f".{n}" and _BIAS.fullmatch(p)
             and (targets.bias == "all" or id(m) in chosen)]  # fmt: skip
 
 

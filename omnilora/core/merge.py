@@ -16,7 +16,7 @@ from omnilora.core.context import Context, Hub, RowSpec
 from omnilora.core.layer import adapted_tensors, merged_matrix
 from omnilora.core.site import Base, Site
 from omnilora.core.store import Dense
-from omnilora.errors import AttachError, BadValue, MergeRefused
+from omnilora.errors import AttachError, BadValue, MergeRefused, NotMergeable
 
 BOUNDS = {"fp64": 1e-9, "fp32": 1e-3, "16 bit": 1e-2, "requantized": 5e-2}
 
@@ -175,6 +175,9 @@ def _new_weights(layer: Any, active: Any, ctx: Context) -> list[tuple[Site, Tens
     if called:
         site = called[0][0].site
         m, offset = merged_matrix(Base(site, layer), called, ctx)
+        if offset is not None and layer._parameters.get("bias") is None:
+            raise NotMergeable(f"{site.name}: the adapted map has an offset, and the layer has no bias to hold it.",
+                               "Keep the adapter unmerged, or leave this layer out of its targets.")  # fmt: skip
         out.append((site, site.layout.stored(m, site.store.shape()), offset))
     reads = [p for p in pairs if not p[0].site.called]
     for key, value in adapted_tensors(reads, ctx).items():
@@ -201,9 +204,10 @@ def _write(name: str, layer: Any, site: Site, m: Tensor, offset: Tensor | None, 
         with torch.no_grad():
             layer.bias.copy_(offset.to(layer.bias.dtype))
     g = torch.Generator().manual_seed(0)
-    wide, stored = m.float(), kept.detach().float()
+    exact = torch.float64 if kept.dtype == torch.float64 else torch.float32
+    wide, stored = m.to(exact), kept.detach().to(exact)
     mat, mat2 = site.layout.matrix(wide), site.layout.matrix(stored)
-    x = torch.randn(8, mat.shape[-1], generator=g).to(mat.device)
+    x = torch.randn(8, mat.shape[-1], generator=g).to(mat)
     y, z = x @ mat.mT, x @ mat2.mT
     action = float((y - z).norm() / y.norm().clamp_min(1e-30))
     error = float((wide - stored).norm() / wide.norm().clamp_min(1e-30))

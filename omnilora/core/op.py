@@ -34,6 +34,7 @@ class Geometry:
     """How matrices meet the input of a plain linear layer, x (..., in). Other layer kinds override."""
 
     plain = True  # the input is already a batch of row vectors: fused kernels apply
+    separate = False  # blocks of outputs read inputs of their own: a matrix after the layer is no weight of it
 
     def full(self, x: Tensor, m: Tensor) -> Tensor:
         """x, m (out, in) → (..., out)."""
@@ -271,6 +272,31 @@ class Sum(Op):
         return Sum(self.left.transpose(), self.right.transpose())
 
 
+@dataclass(frozen=True, eq=False)
+class Residual(Op):
+    """I + op, where input and output are the same features."""
+
+    op: Op
+
+    def apply(self, x: Tensor, geo: Geometry) -> Tensor:
+        return self.op.add_to(x, x, geo)
+
+    def matrix(self, geo: Geometry) -> Tensor:
+        m = self.op.matrix(geo)
+        return m + torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
+
+    @property
+    def offset(self) -> Tensor | None:
+        return self.op.offset
+
+    @property
+    def linear(self) -> Op:
+        return Residual(self.op.linear)
+
+    def transpose(self) -> Op:
+        return Residual(self.op.transpose())
+
+
 class Part(ABC):
     """A link of a chain that is no matrix: it acts on features (..., n), or on the layer's input."""
 
@@ -318,6 +344,11 @@ class Map(Part):
 Link = Tensor | Op | Part
 
 
+def _not_one_weight(part: Part) -> NotMergeable:
+    return NotMergeable(f"A {type(part).__name__.lower()} of the input stands in the product.",
+                        "It can be applied, not merged or factored.")  # fmt: skip
+
+
 def chain(*links: Link) -> Chain:
     """chain(P, λ, Q) is the map P Λ Q: matrices (out, in), vectors as diagonals, operators, parts."""
     return Chain(links)
@@ -331,7 +362,7 @@ class Chain(Op):
 
     @property
     def geometry(self) -> Geometry:  # type: ignore[override]
-        for link in self.links:
+        for link in reversed(self.links):  # the one that meets the input
             if isinstance(link, Op):
                 return link.geometry
         return LINEAR
@@ -394,10 +425,7 @@ class Chain(Op):
         for i, link in enumerate(self.links):
             if isinstance(link, Part):
                 if not link.merges:
-                    raise NotMergeable(
-                        f"A {type(link).__name__.lower()} of the input stands in the product.",
-                        "It can be applied, not merged or factored.",
-                    )
+                    raise _not_one_weight(link)
             elif isinstance(link, Op):
                 out.append(link.matrix(geo if i == last else LINEAR))
             else:
@@ -433,13 +461,14 @@ class Chain(Op):
 
     @property
     def offset(self) -> Tensor | None:
-        at = [i for i, k in enumerate(self.links) if isinstance(k, Op) and k.offset is not None]
-        if not at:
-            return None
-        c: Tensor = self.links[at[0]].offset  # type: ignore[union-attr, assignment]
-        for link in reversed(self.links[: at[0]]):
-            if isinstance(link, Tensor):
+        c: Tensor | None = None
+        for link in reversed(self.links):
+            if isinstance(link, Op):
+                c = link.offset if c is None else link.apply(_wide(c), LINEAR)
+            elif isinstance(link, Tensor) and c is not None:
                 c = link * c if link.dim() == 1 else link @ c
+            elif isinstance(link, Part) and c is not None and not link.merges:
+                raise _not_one_weight(link)
         return c
 
     @property
@@ -575,9 +604,12 @@ class Splice(Op):
     @property
     def offset(self) -> Tensor | None:
         c, part = self.op.offset, self.part.offset
-        if c is None or part is None:
-            return c
-        return torch.cat((c[: self.start], part, c[self.stop :]))
+        if c is None and part is None:
+            return None
+        if c is None:
+            c = part.new_zeros(self.op.matrix(self.op.geometry).shape[-2])  # type: ignore[union-attr]
+        part = torch.zeros_like(c[self.start : self.stop]) if part is None else part
+        return torch.cat((c[: self.start], part.to(c.dtype), c[self.stop :]))
 
     @property
     def linear(self) -> Op:

@@ -180,6 +180,11 @@ class Parameterization(ABC):
         """False where the method stops a gradient on purpose (a norm held constant)."""
         return True
 
+    @property
+    def additive(self) -> bool:
+        """Whether the adapted map is W + ΔW, ``delta`` giving ΔW."""
+        return type(self).adapt is Parameterization.adapt
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Parameterization.known[cls.__name__] = cls
@@ -254,6 +259,14 @@ class Wrapper(Parameterization):
     inner: Parameterization
 
     @property
+    def mergeable(self) -> bool:  # type: ignore[override]
+        return self.inner.mergeable
+
+    @property
+    def reads_weight(self) -> bool:  # type: ignore[override]
+        return self.inner.reads_weight
+
+    @property
     def exact_gradient(self) -> bool:
         return self.inner.exact_gradient
 
@@ -277,7 +290,7 @@ def is_still(name: str, frozen: frozenset[str]) -> bool:
 
 
 def is_additive(how: Parameterization) -> bool:
-    return type(how).adapt is Parameterization.adapt
+    return how.additive
 
 
 def to_config(how: Any) -> Any:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omnilora.core import families
 from omnilora.core.op import LINEAR, Geometry, Matrix, Op, like
 from omnilora.core.store import Store, store_of
 from omnilora.errors import AttachError, NotExpressible
@@ -36,6 +37,10 @@ class ConvGeometry(Geometry):
     pad_twice: tuple[int, ...]
 
     plain = False
+
+    @property
+    def separate(self) -> bool:  # type: ignore[override]
+        return self.groups > 1
 
     def features(self, y: Tensor) -> Tensor:
         return y.movedim(-len(self.kernel) - 1, -1)
@@ -304,14 +309,16 @@ def role_of(name: str, layer: nn.Module) -> str:
     return "other"
 
 
-_ATTENTION_OUT = re.compile(r"(o_proj|out_proj|attention\.output\.dense|attn\.c_proj|attention\.dense|out_lin|wo)$")
-_MLP_OUT = re.compile(r"(down_proj|fc2|fc_out|(?<!attention)\.output\.dense|mlp\.c_proj|dense_4h_to_h|linear2|lin2|w2)$")
-_MLP_IN = re.compile(r"(gate_proj|up_proj|fc1|fc_in|intermediate\.dense|mlp\.c_fc|dense_h_to_4h|linear1|lin1|w[13])$")
+def _ends_in(names: str) -> Callable[[str, nn.Module], bool]:
+    pattern = re.compile(rf"(?:^|\.)(?:{names})$")
+    return lambda name, layer: is_linear(layer) and pattern.search(name) is not None
+
+
 PLACES: dict[str, Callable[[str, nn.Module], bool]] = {
     "attention-layer": lambda name, layer: "is_causal" in vars(layer),  # calls an attention function
-    "attention-output": lambda name, layer: is_linear(layer) and _ATTENTION_OUT.search(name) is not None,
-    "mlp-output": lambda name, layer: is_linear(layer) and _MLP_OUT.search(name) is not None,
-    "mlp-input": lambda name, layer: is_linear(layer) and _MLP_IN.search(name) is not None,
+    "attention-output": _ends_in(families.ATTENTION_OUT),
+    "mlp-output": _ends_in(families.FFN_DOWN),
+    "mlp-input": _ends_in(families.FFN_UP),
 }
 
 
@@ -400,3 +407,8 @@ def inner_reads(layer: nn.Module) -> list[tuple[str, nn.Module, str]]:
     if isinstance(layer, nn.RNNBase):
         return [(n, layer, n) for n in layer._flat_weights_names if n.startswith("weight")]
     return []
+
+
+def reader_of(layer: nn.Module, parent: nn.Module | None) -> nn.Module | None:
+    """``parent``, where it reads the tensors of ``layer`` instead of calling it."""
+    return parent if parent is not None and any(owner is layer for _, owner, _ in inner_reads(parent)) else None

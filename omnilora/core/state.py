@@ -16,7 +16,7 @@ from omnilora.core.layer import path_name
 from omnilora.core.method import Method
 from omnilora.core.op import Op
 from omnilora.core.parameterization import Leaf, Parameterization, Tensors, from_config, to_config
-from omnilora.core.site import Site, called_site, inner_reads, read_site, source_site
+from omnilora.core.site import Site, called_site, read_site, reader_of, source_site
 from omnilora.errors import AttachError, BaseMismatch, StateMismatch, nearest
 
 
@@ -116,10 +116,7 @@ def site_at(model: nn.Module, name: str, s: SiteState, layers: Mapping[str, nn.M
         layer = layers.get(owner)
         if layer is not None and param in layer._parameters and layer._parameters[param] is not None:
             made = read_site(owner, layer, param, bool(vars(layer).get("is_transposed", False)))
-            parent = layers.get(owner.rpartition(".")[0])
-            for host in (layer, parent):
-                if host is not None and any(o is layer and p == param for _, o, p in inner_reads(host)):
-                    made.host = host
+            made.host = reader_of(layer, layers.get(owner.rpartition(".")[0])) if owner else None
     elif path in layers:
         made = called_site(path, layers[path], block=s.kind == "block")
         if made is not None and s.region is not None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from omnilora.core.site import PLACES, Site, called_site, inner_reads, is_linear, read_site, role_of
+from omnilora.core.site import PLACES, Site, called_site, inner_reads, is_linear, read_site, reader_of, role_of
 from omnilora.errors import BadValue, TargetError, UnknownName, nearest
 
 ROLE_WORDS = ("attention", "mlp", "head", "router", "embedding", "norm", "other")
@@ -207,13 +207,13 @@ def own_sites(model: nn.Module, patterns: Sequence[str]) -> list[tuple[Site, str
                     continue
                 for param, value in layer.named_parameters(recurse=False):
                     if value.is_floating_point():
-                        site = _own_site(path, layer, param)
+                        site = _own_site(model, path, layer, param)
                         found.setdefault(site.name, (site, pattern))
         for name, layer in model.named_modules():
             for param in dict(layer.named_parameters(recurse=False)):
                 path = f"{name}.{param}" if name else param
                 if matches(pattern, path, layer) and pattern not in ROLE_WORDS and ".adapters" not in path:
-                    site = _own_site(name, layer, param)
+                    site = _own_site(model, name, layer, param)
                     found.setdefault(site.name, (site, pattern))
         if len(found) == count:
             every = [n for n, _ in model.named_modules() if n] + [n for n, _ in model.named_parameters()]
@@ -222,9 +222,14 @@ def own_sites(model: nn.Module, patterns: Sequence[str]) -> list[tuple[Site, str
     return list(found.values())
 
 
-def _own_site(name: str, layer: nn.Module, param: str) -> Site:
-    called = called_site(name, layer) if param == "weight" else None
-    return called if called is not None else read_site(name, layer, param)
+def _own_site(model: nn.Module, name: str, layer: nn.Module, param: str) -> Site:
+    host = reader_of(layer, model.get_submodule(name.rpartition(".")[0])) if name else None
+    called = called_site(name, layer) if param == "weight" and host is None else None
+    if called is not None:
+        return called
+    made = read_site(name, layer, param)
+    made.host = host
+    return made
 
 
 def override_for(targets: Targets, site: Site) -> tuple[str, Mapping[str, Any]] | None:

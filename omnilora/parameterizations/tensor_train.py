@@ -63,8 +63,24 @@ def shapes(sizes: list[int], rank: int) -> list[tuple[int, int, int]]:
     return [(1 if k == 0 else rank, n, 1 if k == d - 1 else rank) for k, n in enumerate(sizes)]
 
 
-def _cores(prefix: str, made: list[Tensor]) -> dict[str, Leaf]:
+def cores_of(prefix: str, made: list[Tensor]) -> dict[str, Leaf]:
     return {f"{prefix}{k}": core(g) for k, g in enumerate(made)}
+
+
+def narrowing(n: int, m: int, rank: int, limit: int) -> list[Tensor]:
+    """Fresh cores of a train over (n, m), small modes of n first; entries have the deviation 1/√(n + m)."""
+    return _fresh([*sorted(modes(n, limit)), *modes(m, limit)], n + m, rank)
+
+
+def widening(m: int, n: int, rank: int, limit: int) -> list[Tensor]:
+    """The same over (m, n), large modes of n first."""
+    return _fresh([*modes(m, limit), *sorted(modes(n, limit), reverse=True)], n + m, rank)
+
+
+def _fresh(sizes: list[int], width: int, rank: int) -> list[Tensor]:
+    """N(0, 1)/√ρ_k · σ^{1/d} with σ² = 1/width."""
+    sigma = math.sqrt(1 / width) ** (1 / len(sizes))
+    return [normal(1.0, *s) / math.sqrt(s[2]) * sigma for s in shapes(sizes, rank)]
 
 
 def train_of(p: Slot, prefix: str) -> list[Tensor]:
@@ -103,7 +119,7 @@ class TensorTrain(Parameterization):
         cores = [g / g.norm() for g in cores]
         if self.zero:
             cores[-1] = zeros(*all_shapes[-1])
-        return Tensors({**_cores("G", cores[: len(ins)]), **_cores("H", cores[len(ins) :])})
+        return Tensors({**cores_of("G", cores[: len(ins)]), **cores_of("H", cores[len(ins) :])})
 
     def delta(self, p: Slot, ctx: Context) -> Op:
         A = contract(train_of(p, "G"))[0].mT  # (ρ, in)
@@ -115,8 +131,7 @@ class TensorTrain(Parameterization):
 class TrainedFactors(Parameterization):
     """LoRETTA-rep: Aᵀ (in, r) and Bᵀ (r, out) are trains of inner rank ``tensor_rank``.
 
-    Cores are N(0, 1)/√ρ_k · σ^{1/d} with σ² = 1/(rows + columns), so that entries have deviation σ; ``zero`` starts the
-    last core of B at zero.
+    Entries of a fresh train have the deviation 1/√(rows + columns); ``zero`` starts the last core of B at zero.
     """
 
     r: int = 8
@@ -139,16 +154,10 @@ class TrainedFactors(Parameterization):
         return self.alpha / self.r
 
     def init(self, site: Site, seen: Any = None) -> Tensors:
-        narrow = modes(self.r, self.limit)
-        a = self._train([*sorted(modes(site.fan_in, self.limit)), *narrow], site.fan_in + self.r)
-        b = self._train([*narrow, *sorted(modes(site.fan_out, self.limit), reverse=True)], site.fan_out + self.r)
+        a, b = narrowing(site.fan_in, self.r, self.tensor_rank, self.limit), widening(self.r, site.fan_out, self.tensor_rank, self.limit)
         if self.zero:
             b[-1] = zeros(*b[-1].shape)
-        return Tensors({**_cores("A", a), **_cores("B", b)})
-
-    def _train(self, sizes: list[int], width: int) -> list[Tensor]:
-        sigma = math.sqrt(1 / width) ** (1 / len(sizes))
-        return [normal(1.0, *s) / math.sqrt(s[2]) * sigma for s in shapes(sizes, self.tensor_rank)]
+        return Tensors({**cores_of("A", a), **cores_of("B", b)})
 
     def delta(self, p: Slot, ctx: Context) -> Op:
         A = contract(train_of(p, "A")).reshape(-1, self.r).mT  # (r, in)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from omnilora.core.attach import find_hub, hub_of
 from omnilora.core.files import save
 from omnilora.core.method import Method, method, prepare
 from omnilora.core.run import _the_adapter
-from omnilora.core.targets import Targets, targets_from
+from omnilora.core.targets import targets_from
 from omnilora.errors import AttachError, BadValue, need
 from omnilora.training.batches import Collate, Feed, pack, to_device
 from omnilora.training.config import TrainConfig
@@ -218,15 +219,12 @@ def _template(parts: Loaded, config: TrainConfig) -> str:
 
 def _adapt(parts: Loaded, made: Method, rows: list[Row], config: TrainConfig) -> None:
     """Put the method on the model; one that decides from data first looks at some batches of it."""
-    targets: Any = config.targets if config.targets is not None else made.targets
-    if isinstance(targets, Targets) and parts.added:
-        targets = list(targets.include)
-    if not isinstance(targets, Targets):
-        targets, overrides, free = targets_for(parts, targets, config.overrides, config.unfreeze)
-    else:
-        overrides, free = config.overrides or {}, [*(config.unfreeze or []), *parts.fresh] or None
-    wanted = targets_from(targets, exclude=config.exclude, overrides=overrides or None, unfreeze=free,
-                          bias=config.bias, tied=config.tied)  # fmt: skip
+    own = targets_from(config.targets if config.targets is not None else made.targets)
+    user = config.overrides or {}  # first, and stronger
+    include, overrides, free = targets_for(parts, own.include, {**user, **own.overrides, **user},
+                                           [*own.unfreeze, *(config.unfreeze or [])])  # fmt: skip
+    wanted = targets_from(replace(own, include=tuple(include)), exclude=config.exclude, overrides=overrides or None,
+                          unfreeze=free, bias=config.bias, tied=config.tied)  # fmt: skip
     if made.prepare is not None:
         examples = encode(rows, parts.tokenizer, config, int(config.max_length or 512), parts.labels).examples
         feed = Feed(examples, Collate(parts.tokenizer.pad_token_id), config.batch_size, config.seed)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from omnilora import proofs
+from omnilora.core.attach import base_state_dict, slots
+from omnilora.core.method import Card, Claim, Method
+from omnilora.core.targets import Targets
+from omnilora.parameterizations.lora import LoRA
+
+CARD = Card(
+    key="bitfit",
+    title="BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models",
+    section="foundations",
+    kind="parameterization",
+    equation=r"b' \text{ learns},\quad W' = W",
+    purpose="Trains the biases of the model and nothing else.",
+    arxiv="2106.10199",
+    venue="ACL 2022",
+    tags=frozenset({"zero_at_init", "mergeable", "trains_lm"}),
+    cases=({},),
+    differs=("Biases train as the adapter's own copies: the base stays as it is, and the result is a file to switch.",),
+    limits=(
+        "A model without biases (Llama and most of its family) has nothing to train: an error says so.",
+        "The paper's smaller choice, the biases of queries and of the middle of the feed-forward, is unfreeze patterns with "
+        "another method, not an option here.",
+        "Own biases are whole tensors: rows of one batch cannot differ.",
+    ),
+)
+
+
+def bitfit() -> Method:
+    """Every bias of the model as an own copy."""
+    return Method("bitfit", None, targets=Targets(include=(), bias="all"), rate=5.0)
+
+
+class _Net(nn.Module):
+    """Two layers with biases and a norm between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.norm(self.up(x))))
+
+
+def _moved(broken: bool) -> float:
+    """Share of the adapter's numbers that are biases, 0 if any weight of the base moved (broken: LoRA)."""
+    model, x, y = _Net(), torch.randn(64, 8), torch.randn(64, 4)
+    before = {k: v.clone() for k, v in base_state_dict(model).items()}
+    proofs.train(model, Method("x", LoRA(1)) if broken else bitfit(), proofs.full_batch(x, y), 3,
+                 targets=("up", "down") if broken else None)  # fmt: skip
+    after = base_state_dict(model)
+    if any(not torch.equal(before[k], after[k]) for k in before):
+        return 0.0
+    trained = [(s.site.name, t.numel()) for s in slots(model) for _, t in s.tensors()]
+    return sum(n for name, n in trained if name.endswith("bias")) / sum(n for _, n in trained)
+
+
+def _shifted(broken: bool) -> float:
+    """Relative error on a teacher that differs in its biases, with 36 numbers (broken: LoRA of rank 1, 44 numbers)."""
+    model, teacher, x = _Net(), _Net(), torch.randn(256, 8)
+    teacher.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for layer in (teacher.up, teacher.norm, teacher.down):
+            layer.bias.add_(torch.randn_like(layer.bias))
+        base, y = model(x), teacher(x)
+    how = Method("x", LoRA(1, 1.0)) if broken else bitfit()
+    proofs.train(model, how, proofs.full_batch(x, y), 800, lr=2e-2, targets=("up", "down") if broken else None)
+    return float((model(x) - y).norm() / (base - y).norm())
+
+
+def claims() -> list[Claim]:
+    return [
+        Claim("biases only", "all that trains is a bias, and the base does not move", _moved, lambda f: f == 1, "LoRA"),
+        Claim("a target in the biases", "a teacher with other biases is learnt", _shifted, lambda f: f < 0.1,
+              "LoRA of more numbers"),
+    ]  # fmt: skip
