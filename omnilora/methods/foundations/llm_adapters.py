@@ -97,8 +97,8 @@ def llm_adapters(kind: str = "series", m: int = 256, phi: str = "tanh", scale: f
 
     ``kind``: "series", "parallel" (width ``m``, nonlinearity ``phi``, factor ``scale``, ``learned`` from there or not),
     "lora" (``r``, ``alpha``; dropout 0.05 unless given) or "prefix" (``tokens`` virtual keys and values in every attention
-    layer, through an embedding and two layers of width ``hidden`` if that is above 0). ``place`` of a series adapter: "series-in" or "series-out" for all
-    layers; None: by the side on which a layer stands.
+    layer, through an embedding and two layers of width ``hidden`` if that is above 0). ``place`` of a series adapter:
+    "series-in" or "series-out" for all layers; None: by the side on which a layer stands.
     """
     one_of(kind, "kind", *KINDS)
     if place is not None:
