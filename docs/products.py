@@ -127,24 +127,26 @@ def _run(how: Parameterization, column: str) -> str:
     return "yes"
 
 
-def keys() -> list[str]:
+def rows() -> list[str]:
     return [e.card.key for e in sorted(entries().values(), key=lambda e: (e.card.section, e.card.key))]
 
 
 def page(made: dict[tuple[str, str], str] | None = None) -> str:
     """The whole table; reasons are numbered below it."""
-    made = {(k, c): cell(k, c) for k in keys() for c in COLUMNS} if made is None else made
+    made = {(k, c): cell(k, c) for k in rows() for c in COLUMNS} if made is None else made
     reasons = list(dict.fromkeys(v.removeprefix("no: ") for v in made.values() if v.startswith("no: ")))
     lines = [
         "# What goes with what", "",
-        "Made by `python docs/tables.py`: every cell was run, on the forms of the card's cases until one passes. *yes*: the map is right, ten "
+        "Made by `python docs/tables.py`: every cell was run, on the forms of the card's cases until one passes. "
+        "*yes*: the map is right, ten "
         "steps of training lower the loss and leave the base alone (kinds of layers); row i of a batch with several adapters "
         "equals row i alone; merged outputs equal to 1e-10 in fp64 and unmerging is exact bit for bit; PEFT loads the files and "
         "gives the same outputs; one graph, and no recompilation when adapters are switched. *no*: it is refused, for the numbered "
-        "reason. –: the method has no map of its own. Convolutions have groups and strides; widths are odd (5 → 7), which forms of even blocks refuse.", "",
+        "reason. –: the method has no map of its own. "
+        "Convolutions have groups and strides; widths are odd (5 → 7), which forms of even blocks refuse.", "",
         "| method | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|",
     ]  # fmt: skip
-    for k in keys():
+    for k in rows():
         row = [made[k, c] for c in COLUMNS]
         shown = [f"no ({reasons.index(v.removeprefix('no: ')) + 1})" if v.startswith("no: ") else v for v in row]
         lines.append(f"| {k} | " + " | ".join(shown) + " |")

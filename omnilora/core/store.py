@@ -19,6 +19,7 @@ from omnilora.errors import NotMergeable
 class Store(ABC):
     """The weight ``name`` of ``layer``."""
 
+    dense = False  # True: a plain tensor of the stored layout
     exact = True  # False: writing loses precision beyond the dtype's rounding (a quantizer)
 
     def __init__(self, layer: nn.Module, name: str) -> None:
@@ -58,6 +59,8 @@ class Store(ABC):
 
 class Dense(Store):
     """A plain tensor."""
+
+    dense = True
 
     def read(self) -> Tensor:
         return self.parameter

@@ -18,6 +18,7 @@ from omnilora.errors import FileRefused, NotExpressible
 from omnilora.io.peft_facts import STORED, shape_of
 from omnilora.parameterizations.dora import DoRA
 from omnilora.parameterizations.lora import LoRA
+from omnilora.parameterizations.run_lora import RunLoRA
 from omnilora.parameterizations.shifted import ShiftedLoRA
 from omnilora.parameterizations.svd import SVD
 from omnilora.parameterizations.vera import VeRA
@@ -65,7 +66,7 @@ class Entry:
 def family_of(how: Parameterization) -> str | None:
     """The PEFT type that has this map; "own" for own copies, None where PEFT has none."""
     kind = type(how)
-    if kind in (LoRA, ShiftedLoRA):
+    if kind in (LoRA, ShiftedLoRA, RunLoRA):
         return "LORA" if how.conv_layout == "peft" else None  # type: ignore[attr-defined]
     if kind is DoRA:
         return family_of(how.inner) if type(how.inner) is LoRA else None  # type: ignore[attr-defined]
@@ -120,7 +121,7 @@ def entries(sites: Mapping[str, SiteState], state: AdapterState | None = None) -
     for name, s in sites.items():
         family = family_of(s.how)
         if family is None:
-            raise NotExpressible(f"{name}: PEFT has no {type(s.how).__name__} with this layout.")
+            raise NotExpressible(f"{name}: a {type(s.how).__name__} of this layout is not written in PEFT's format.")
         if s.region is not None:
             raise NotExpressible(f"{name} is a slice of a fused layer; PEFT adapts whole layers.")
         if family == "own":
