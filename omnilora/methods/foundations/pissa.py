@@ -70,7 +70,7 @@ def _energy(broken: bool) -> float:
     (s,) = slots(model)
     W = s.site.W.dense()
     best = torch.linalg.svdvals(W)[:4].square().sum()
-    return float((s.scale * s.B @ s.A).square().sum() / best)
+    return float((s.scale * s.B @ s.A).detach().square().sum() / best)
 
 
 def _smallest(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
