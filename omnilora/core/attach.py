@@ -142,7 +142,7 @@ def _tied(model: nn.Module, targets: Targets, out: Plan) -> None:
     for site, how in list(out):
         if site.kind != "embedding":
             continue
-        weight = site.layer._parameters[site.param]
+        weight = site.layer._parameters.get(site.param)
         for name, layer in model.named_modules():
             if is_linear(layer) and layer._parameters.get("weight") is weight:
                 out[:] = [(s, h) for s, h in out if s.layer is not layer]
@@ -177,7 +177,7 @@ def _with_peers(out: Plan) -> None:
         groups.setdefault(repr(how), []).append(site)
     by_name = {s.name: s for s, _ in out}
     for site, how in out:
-        peers = groups[repr(how)]
+        peers, site.how = groups[repr(how)], how
         site.peers = tuple([*peers, by_name[how.first]] if isinstance(how, TiedUse) else peers)
 
 
