@@ -9,8 +9,10 @@ from omnilora import proofs
 from omnilora.core.attach import find_hub
 from omnilora.core.method import Card, Claim, Method
 from omnilora.core.site import Site
+from omnilora.errors import BadValue
 from omnilora.parameterizations.lora import LoRA
-from omnilora.stores.nf4_layer import FourBitLinear, quantize
+from omnilora.stores.nf4_layer import quantize
+from omnilora.stores.quantized_layer import QuantizedLinear
 
 CARD = Card(
     key="qlora",
@@ -39,14 +41,19 @@ CARD = Card(
 
 
 def qlora(r: int = 64, alpha: float = 16.0, dropout: float = 0.0, quant_type: str = "nf4", double: bool = True,
-          blocksize: int = 64) -> Method:  # fmt: skip
-    """LoRA over a 4-bit base. ``ol.adapt`` quantizes the linear layers of a dense model first, in place."""
+          blocksize: int = 64, paged: bool = False) -> Method:  # fmt: skip
+    """LoRA over a 4-bit base. ``ol.adapt`` quantizes the linear layers of a dense model first, in place.
+
+    ``paged``: the optimizer's moments lie in a mapped file and are streamed, a parameter at a time.
+    """
+    if not isinstance(paged, bool):
+        raise BadValue(f"paged = {paged!r}.", "Give True or False.")
 
     def hold(model: nn.Module, sites: Sequence[Site]) -> None:
-        if find_hub(model) is None and not any(isinstance(m, FourBitLinear) for m in model.modules()):
+        if find_hub(model) is None and not any(isinstance(m, QuantizedLinear) for m in model.modules()):
             quantize(model, quant_type, blocksize=blocksize, double=double)
 
-    return Method("qlora", LoRA(r, alpha, dropout), store=hold)
+    return Method("qlora", LoRA(r, alpha, dropout), store=hold, optimizer={"name": "paged_adamw"} if paged else {})
 
 
 def _error(broken: bool) -> float:
