@@ -15,8 +15,8 @@ from omnilora.core.parameterization import Slot
 from omnilora.core.site import Site
 from omnilora.errors import AttachError, NotExpressible
 from omnilora.initializers.split import Split
-from omnilora.stores.coded import CodedLinear, put
 from omnilora.stores.codecs import Codec
+from omnilora.stores.coded import CodedLinear, put
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from omnilora.core.context import Context
 from omnilora.core.op import Geometry, Op, Part, chain
-from omnilora.core.parameterization import Factored, Slot, Tensors, input_side, one_of, output_side, positive_rank, zeros
+from omnilora.core.parameterization import (
+    Factored,
+    Slot,
+    Tensors,
+    input_side,
+    one_of,
+    output_side,
+    positive_rank,
+    zeros,
+)
 from omnilora.core.site import Site
 from omnilora.errors import NotExpressible
 

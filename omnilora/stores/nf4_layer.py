@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from omnilora.core.store import Store, register
-from omnilora.stores.coded import quantize_with
 from omnilora.stores.codecs import Codec, named
+from omnilora.stores.coded import quantize_with
 from omnilora.stores.nf4 import Packed, from_bnb_state, to_bnb_state
 from omnilora.stores.nf4 import quantize as pack
 from omnilora.stores.quantized_layer import Quantized, QuantizedLinear, dense_layers

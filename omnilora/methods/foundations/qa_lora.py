@@ -13,8 +13,8 @@ from omnilora.core.method import Card, Claim, Method
 from omnilora.core.site import Site
 from omnilora.parameterizations.lora import LoRA
 from omnilora.parameterizations.pooled import PooledLoRA
-from omnilora.stores.coded import quantize_with
 from omnilora.stores.codecs import IntGroups
+from omnilora.stores.coded import quantize_with
 from omnilora.stores.quantized_layer import QuantizedLinear
 
 CARD = Card(
