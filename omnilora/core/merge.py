@@ -16,7 +16,7 @@ from omnilora.core.context import Context, Hub, RowSpec
 from omnilora.core.layer import adapted_tensors, change_of, merged_matrix
 from omnilora.core.op import Op
 from omnilora.core.site import Base, Site
-from omnilora.core.store import Dense
+from omnilora.core.store import Dense, store_of
 from omnilora.errors import AttachError, BadValue, MergeRefused
 
 BOUNDS = {"fp64": 1e-9, "fp32": 1e-3, "16 bit": 1e-2, "requantized": 5e-2}
@@ -284,10 +284,11 @@ def merge_and_unload(model: nn.Module, adapters: RowSpec = None, **options: Any)
 
 
 def _dense_copy(layer: Any, weight: Tensor) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta")
+    bias = store_of(layer).offset
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
-    if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return made.train(layer.training)
 
 
