@@ -13,7 +13,6 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 from typing import Any, ClassVar
 
@@ -29,6 +28,7 @@ Held = Mapping[str, Tensor]  # "": codes; other names: what scales them
 Layout = dict[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]]  # name → shape and the dtypes it may have
 _READ = 1 << 15  # weights decoded at a time on a CPU: stays in cache
 _TINY = 1e-38
+_LEVELS = {bits: normal_float(bits) for bits in range(2, 9)}
 FLOATS = (torch.float32, torch.float64)
 
 
@@ -165,7 +165,7 @@ class NormalFloat(Codec):
     def _scales(self, blocks: Tensor, w: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         blocks = blocks.float()
         absmax = blocks.abs().amax(1)
-        edges = _levels(self.bits).to(w.device)
+        edges = _LEVELS[self.bits].to(w.device)
         edges = (edges[1:] + edges[:-1]) / 2
         codes = torch.bucketize(blocks / absmax.clamp_min(_TINY)[:, None], edges, out_int32=True).to(torch.uint8)
         if self.scale_bits == 0:
@@ -177,7 +177,7 @@ class NormalFloat(Codec):
         return codes, {"scale": packing.pack(steps, self.scale_bits), "top": top, "offset": offset}
 
     def _affine(self, held: Held, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        table = _levels(self.bits).to(held[""].device)
+        table = _LEVELS[self.bits].to(held[""].device)
         if self.scale_bits == 0:
             return table, held["scale"], None
         steps = packing.unpack(held["scale"], self.scale_bits).view(-1, self.scale_block)
@@ -264,11 +264,6 @@ class MXInt(Codec):
 
     def _scale_layout(self, count: int) -> Layout:
         return {"exponent": ((count,), (torch.int8,))}
-
-
-@cache
-def _levels(bits: int) -> Tensor:
-    return normal_float(bits)
 
 
 def _whole(value: Any, name: str, low: int, high: int) -> None:

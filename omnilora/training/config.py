@@ -15,6 +15,7 @@ from typing import Any
 from omnilora.errors import BadValue, UnknownName, nearest, need
 
 TASKS = ("causal-lm", "classification", "embedding")
+OPTIMIZERS = ("adamw", "paged_adamw", "adam", "sgd", "adagrad", "rmsprop")
 SCHEDULES = ("cosine", "linear", "constant")
 METRICS = {"causal-lm": ("loss", "perplexity"), "classification": ("loss", "accuracy", "macro_f1"),
            "embedding": ("loss", "accuracy")}  # fmt: skip
@@ -90,6 +91,7 @@ class TrainConfig:
     def _ranges(self) -> None:
         _one_of(self, "task", TASKS)
         _one_of(self, "schedule", SCHEDULES)
+        _one_of(self, "optimizer", OPTIMIZERS)
         _one_of(self, "dtype", ("auto", "fp32", "bf16", "fp16"))
         for name in ("batch_size", "accumulate", "keep", "log_every"):
             _least(self, name, 1)
