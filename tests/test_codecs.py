@@ -14,8 +14,8 @@ from omnilora.core.store import store_of
 from omnilora.errors import BadValue, FileRefused, StateMismatch, UnknownName
 from omnilora.parameterizations.pooled import PooledLoRA
 from omnilora.stores import bits
-from omnilora.stores.coded import Coded, CodedLinear, quantize_with
 from omnilora.stores.codecs import IntGroups, MXInt, NormalFloat, from_config, named, to_config
+from omnilora.stores.coded import Coded, CodedLinear, quantize_with
 from omnilora.stores.nf4 import quantize as nf4
 
 CODECS = [NormalFloat(2), NormalFloat(3), NormalFloat(4), NormalFloat(8), NormalFloat(3, 64, 8, 256),

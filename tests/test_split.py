@@ -12,8 +12,8 @@ from omnilora.errors import AttachError, BadValue, BaseMismatch, FileRefused, No
 from omnilora.initializers.allocation import allocate, grid
 from omnilora.initializers.fisher import fisher_weights, samples
 from omnilora.initializers.split import split, top
-from omnilora.stores.coded import CodedLinear
 from omnilora.stores.codecs import IntGroups, NormalFloat
+from omnilora.stores.coded import CodedLinear
 
 
 def decaying(n=256):

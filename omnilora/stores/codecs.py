@@ -143,7 +143,7 @@ class NormalFloat(Codec):
 
     ``scale_bits`` 0: fp32 scales. Else scales are unsigned integers of that many bits over groups of ``scale_block``,
     from the smallest scale of the matrix upwards; the groups' maxima are held in ``top``. Codes are chosen by the
-    exact scale. Bits a weight: k + b₀/B₀ + b₁/(B₀ B₁).
+    scale that is held. Bits a weight: k + b₀/B₀ + b₁/(B₀ B₁).
     """
 
     scale_bits: int = 0
@@ -165,24 +165,27 @@ class NormalFloat(Codec):
     def _scales(self, blocks: Tensor, w: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         blocks = blocks.float()
         absmax = blocks.abs().amax(1)
+        scales = {"scale": absmax}
+        if self.scale_bits:
+            offset, most = absmax.min(), 2**self.scale_bits - 1
+            above = F.pad(absmax - offset, (0, -len(absmax) % self.scale_block)).view(-1, self.scale_block)
+            top = above.amax(1).to(DTYPES[self.top])
+            steps = (above * (most / top.float().clamp_min(_TINY))[:, None]).round_().clamp_(0, most).to(torch.uint8)
+            scales = {"scale": packing.pack(steps, self.scale_bits), "top": top, "offset": offset}
+            absmax = self._held_scale(scales, len(absmax))
         edges = _LEVELS[self.bits].to(w.device)
         edges = (edges[1:] + edges[:-1]) / 2
-        codes = torch.bucketize(blocks / absmax.clamp_min(_TINY)[:, None], edges, out_int32=True).to(torch.uint8)
-        if self.scale_bits == 0:
-            return codes, {"scale": absmax}
-        offset, most = absmax.min(), 2**self.scale_bits - 1
-        above = F.pad(absmax - offset, (0, -len(absmax) % self.scale_block)).view(-1, self.scale_block)
-        top = above.amax(1).to(DTYPES[self.top])
-        steps = (above * (most / top.float().clamp_min(_TINY))[:, None]).round_().clamp_(0, most).to(torch.uint8)
-        return codes, {"scale": packing.pack(steps, self.scale_bits), "top": top, "offset": offset}
+        codes = torch.bucketize(blocks / absmax.clamp_min(_TINY)[:, None], edges, out_int32=True)
+        return codes.to(torch.uint8), scales
+
+    def _held_scale(self, held: Held, count: int) -> Tensor:
+        steps = packing.unpack(held["scale"], self.scale_bits).view(-1, self.scale_block)
+        scale = steps * (held["top"].float() / (2**self.scale_bits - 1))[:, None] + held["offset"]
+        return scale.view(-1)[:count]
 
     def _affine(self, held: Held, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         table = _LEVELS[self.bits].to(held[""].device)
-        if self.scale_bits == 0:
-            return table, held["scale"], None
-        steps = packing.unpack(held["scale"], self.scale_bits).view(-1, self.scale_block)
-        scale = steps * (held["top"].float() / (2**self.scale_bits - 1))[:, None] + held["offset"]
-        return table, scale.view(-1)[:count], None
+        return table, held["scale"] if self.scale_bits == 0 else self._held_scale(held, count), None
 
     def _scale_layout(self, count: int) -> Layout:
         f32 = (torch.float32,)

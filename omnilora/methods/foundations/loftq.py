@@ -32,6 +32,12 @@ CARD = Card(
     tags=frozenset({"mergeable", "low_rank", "additive", "quantized", "trains_lm", "rows"}),
     defaults={"r": 16, "alpha": 16.0, "bits": 4, "quantizer": "normal", "iterations": 5, "block": 64},
     cases=({"r": 3, "alpha": 5.0},),
+    agreement=(
+        "PEFT 0.21.2 (loftq_init, NF4, 1, 2 and 5 iterations, s = 1): Q, B A and their sum equal to 1e-5, 1e-4 and 1e-5 "
+        "(tests/test_agreement_quantized.py).",
+        "Official quantizers on a 256 × 256 matrix: NF2, NF3, NF4 and uniform 2 and 3 bits equal to 2e-7; uniform 4 bits in all "
+        "but one weight, a tie.",
+    ),
     differs=(
         "PEFT and the official script run the SVD without the LoRA scaling: with α ≠ r their model starts at Q + s B A, "
         "not at W. Here 1/√s is folded into A and B; compat_scaling=True gives their start.",

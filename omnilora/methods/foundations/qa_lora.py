@@ -31,6 +31,10 @@ CARD = Card(
     tags=frozenset({"zero_at_init", "mergeable", "low_rank", "additive", "quantized", "trains_lm", "rows"}),
     defaults={"r": 64, "alpha": 16.0, "dropout": 0.0, "bits": 4, "group": 32, "pool": "mean"},
     cases=({"r": 3, "alpha": 5.0, "group": 2}, {"r": 2, "alpha": 3.0, "group": 4, "pool": "sum", "dropout": 0.1}),
+    agreement=(
+        "PEFT 0.21.2 (use_qalora): outputs and gradients equal to 1e-5 with A = i/L times PEFT's, which multiplies the mean by "
+        "the number of groups (tests/test_agreement_quantized.py). PEFT refuses to merge.",
+    ),
     differs=(
         "The base is quantized by min and max of each group; the paper uses GPTQ.",
         "Zero points stay real numbers, as in the official merge; the scale and the group are the method's, where the "
