@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -46,9 +47,10 @@ def samples(batch: Any) -> Iterator[Any]:
 
 
 def fisher_weights(model: nn.Module, sites: Sequence[Site], batches: Sequence[Any],
-                   loss: Callable[[nn.Module, Any], Tensor]) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
-    """{site: (row (out,), col (in,))}, positive."""
-    rows = [row for batch in batches for row in samples(batch)]
+                   loss: Callable[[nn.Module, Any], Tensor],
+                   count: int | None = None) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
+    """{site: (row (out,), col (in,))}, positive, from the first ``count`` rows of the batches."""
+    rows = list(islice((row for batch in batches for row in samples(batch)), count))
     seen = observe(model, sites, rows, loss, {"fisher": SampleFisher})
     out = {}
     for name, stats in seen.items():

@@ -13,10 +13,9 @@ from omnilora.core.attach import adapt, plan, slots
 from omnilora.core.context import Context
 from omnilora.core.layer import build
 from omnilora.core.method import Card, Claim, Method, prepare
-from omnilora.core.parameterization import finite
+from omnilora.core.parameterization import finite, positive_rank
 from omnilora.core.site import Site
 from omnilora.core.targets import Targets, targets_from
-from omnilora.errors import BadValue
 from omnilora.initializers.allocation import allocate, grid
 from omnilora.initializers.fisher import fisher_weights
 from omnilora.initializers.split import Split, split, top
@@ -36,7 +35,8 @@ CARD = Card(
     arxiv="2311.12023",
     venue="ICLR 2024",
     tags=frozenset({"mergeable", "low_rank", "additive", "quantized", "trains_lm", "rows"}),
-    defaults={"r": 64, "alpha": 16.0, "dropout": 0.0, "budget": 3.0, "iterations": 100, "fisher": True, "grid": "small"},
+    defaults={"r": 64, "alpha": 16.0, "dropout": 0.0, "budget": 3.0, "iterations": 100, "fisher": True,
+              "configurations": "small", "calibration": 64},
     cases=({"r": 3, "alpha": 5.0},),
     agreement=(
         "Official code, 256 × 256, with NVIDIA's fake quantizer replaced by its formula: 72 configurations of the quantizer "
@@ -53,7 +53,7 @@ CARD = Card(
     limits=(
         "B and A are not quantized after training (the paper's optional NF8).",
         "The saved adapter carries the quantized base. PEFT cannot hold it.",
-        "The Fisher is that of the batches to look at, by default 32; the paper takes 10,000 sequences.",
+        "The Fisher is that of 64 rows by default; the paper takes 10,000 sequences.",
         "Published figures were not reproduced.",
     ),
     not_with={"load_in_4bit": "The split needs the dense weight; it quantizes itself."},
@@ -61,7 +61,7 @@ CARD = Card(
 
 
 def lq_lora(r: int = 64, alpha: float = 16.0, dropout: float = 0.0, budget: float = 3.0, iterations: int = 100,
-            fisher: bool = True, configurations: str = "small") -> Method:  # fmt: skip
+            fisher: bool = True, configurations: str = "small", calibration: int = 64) -> Method:  # fmt: skip
     """LoRA started from a weighted split in a budget of bits.
 
     Args:
@@ -69,10 +69,11 @@ def lq_lora(r: int = 64, alpha: float = 16.0, dropout: float = 0.0, budget: floa
         iterations: at most; a matrix stops when its error rises.
         fisher: weigh by data (``ol.prepare``); False: all weights count alike, no data is needed.
         configurations: "small" (8) or "paper" (432).
+        calibration: rows of data that the Fisher is taken from, one at a time.
     """
     finite(budget, "budget", 1.0, 16.0)
-    if not isinstance(iterations, int) or iterations < 1:
-        raise BadValue(f"iterations = {iterations!r}.", "Give an integer ≥ 1.")
+    positive_rank(iterations, "iterations")
+    positive_rank(calibration, "calibration")
     codecs = grid(configurations)  # type: ignore[arg-type]
     how = LoRA(r, alpha, dropout)
 
@@ -95,7 +96,7 @@ def lq_lora(r: int = 64, alpha: float = 16.0, dropout: float = 0.0, budget: floa
                targets: Targets | None) -> tuple[Method, Targets]:  # fmt: skip
         where = targets_from(targets)
         sites = [s for s, form in plan(model, Method("lq_lora", how), where) if form.rank() > 0]
-        return holding(fisher_weights(model, sites, batches, loss)), where
+        return holding(fisher_weights(model, sites, batches, loss, calibration)), where
 
     return replace(holding({}), prepare=decide if fisher else None)
 
