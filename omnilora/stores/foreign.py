@@ -52,7 +52,7 @@ class SelfDequantizing(Store):
 
 
 class Hqq(Store):
-    """HQQLinear: codes ``W_q``, scales and zeros in ``meta``. Its bias is a plain attribute."""
+    """HQQLinear (hqq 0.2.8): codes ``W_q``, scales and zeros in ``meta``. Its bias is a plain attribute."""
 
     layer: Any
     exact = False
@@ -86,8 +86,8 @@ class Hqq(Store):
 
 
 class Gguf(Store):
-    """transformers' GgufLinear: GGUF blocks (out, bytes of a row), inputs possibly permuted; it computes in its input's
-    dtype."""
+    """transformers' GgufLinear (5.23): GGUF blocks (out, bytes of a row), inputs possibly permuted; it computes in its
+    input's dtype. Its kernel for at most 8 rows may pass no gradient; what more rows use does."""
 
     layer: Any
     exact = False
@@ -110,7 +110,7 @@ class Gguf(Store):
 
 
 class Gptq(Store):
-    """The layers of AutoGPTQ, GPTQModel and optimum. By layout, see :mod:`omnilora.stores.gptq`."""
+    """The layers of AutoGPTQ, GPTQModel and optimum. By layout, not run with the libraries: :mod:`omnilora.stores.gptq`."""
 
     exact = False
     linear = True
@@ -148,7 +148,7 @@ class Gptq(Store):
 
 
 class Awq(Gptq):
-    """AutoAWQ's WQLinear_GEMM and layers of its layout. By layout, see :mod:`omnilora.stores.awq`."""
+    """AutoAWQ's WQLinear_GEMM and layers of its layout. By layout, not run with the library: :mod:`omnilora.stores.awq`."""
 
     dequantized = staticmethod(awq.dequantized)
 

@@ -24,7 +24,7 @@ CARD = Card(
     arxiv="2305.14314",
     venue="NeurIPS 2023",
     tags=frozenset({"zero_at_init", "mergeable", "low_rank", "additive", "quantized", "trains_lm", "rows"}),
-    defaults={"r": 64, "alpha": 16.0, "dropout": 0.0, "quant_type": "nf4", "double": True},
+    defaults={"r": 64, "alpha": 16.0, "dropout": 0.0, "quant_type": "nf4", "double": True, "paged": False},
     cases=({"r": 3, "alpha": 5.0},),
     agreement=("bitsandbytes 0.50.2: codes, scales, maps and JSON bit for bit (tests/test_nf4.py).",),
     differs=(
@@ -34,7 +34,7 @@ CARD = Card(
     ),
     limits=(
         "On a CPU every forward dequantizes the weight: less memory, more time.",
-        "The paged optimizer is not written yet.",
+        "Paging is by the system's page cache: with paged=True the optimizer's moments lie in a mapped file.",
         "Merging gives a dense copy of each layer; merge(requantize=True) writes 4 bits and reports the loss.",
     ),
 )
