@@ -45,6 +45,8 @@ CARD = Card(
         "best=True keeps the best iterate, the default keeps the last as they do.",
     ),
     limits=(
+        "Measured on SmolLM2-135M as for qlora, NF4 with fp32 scales (59,719,680 bytes): loss 1.096 to 0.0432. The split took "
+        "136 s on one busy core. The start is no better than NF4's (1.084): a smaller weight error is not a smaller loss.",
         "Which layers the paper's mixed bits keep at 4 bits is unverified; `bits_of` takes a pattern → bits.",
         "The official script skips embeddings, as here; whether the paper quantizes them is unverified.",
         "The saved adapter carries the quantized base. PEFT cannot hold it.",

@@ -33,6 +33,9 @@ CARD = Card(
         "At the start the model equals the quantized base, not the original one.",
     ),
     limits=(
+        "Measured on SmolLM2-135M: its 210 matrices take 212,336,640 bytes in bf16 and 54,985,080 in NF4 (79,626,240 as integers "
+        "in groups of 32). LoRA r = 8 for 60 updates of 4 questions (demo, seed 0), loss on 16 held-out ones: dense 0.814 to "
+        "0.0750, NF4 1.084 to 0.0747.",
         "On a CPU every forward dequantizes the weight: less memory, more time.",
         "Paging is by the system's page cache: with paged=True the optimizer's moments lie in a mapped file.",
         "Merging gives a dense copy of each layer; merge(requantize=True) writes 4 bits and reports the loss.",
