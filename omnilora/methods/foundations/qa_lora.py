@@ -44,7 +44,9 @@ CARD = Card(
     limits=(
         "merge folds into the base that ol.adapt quantized. A dense base merges as for any method.",
         "The paper's learning rates (2e-5 and 1e-5) could not be checked; the official code's default is 2e-4.",
-        "Published accuracies were not reproduced.",
+        "Measured on SmolLM2-135M as for qlora (r = 8): 79,626,240 bytes with fp32 scales and zero points, loss 0.812 to 0.163 "
+        "where LoRA on the dense base ends at 0.0750. Pooling leaves A with in/32 columns. Published accuracies were not "
+        "reproduced.",
     ),
     not_with={"requantizing merges": "The merge is exact as it is; requantizing rounds again."},
 )
