@@ -1,6 +1,4 @@
-"""AdamW whose moments lie in a mapped file and leave memory after each parameter's update: QLoRA's paged optimizer,
-arXiv:2305.14314, on any system with mmap. Only one parameter's moments need to be resident at a time.
-"""
+"""QLoRA's paged optimizer (arXiv:2305.14314) on any system with mmap: one parameter's moments are resident at a time."""
 
 from __future__ import annotations
 
@@ -27,19 +25,15 @@ class PagedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
+                if p.grad is not None and p.numel():
                     self._update(p, group)
         return loss
 
     def _moments(self, p: Tensor) -> tuple[mmap.mmap, Tensor, Tensor]:
-        """p's moments as views of its file: zero at the start, or copied from a loaded state."""
-        state = self.state[p]
+        state = self.state[p]  # moments are views of p's file: zero at the start, or copied from a loaded state
         if p not in self.pages:
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 file.truncate(2 * p.numel() * p.element_size())
@@ -54,16 +48,14 @@ class PagedAdamW(torch.optim.Optimizer):
         return pages, both[0], both[1]
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
-        if p.numel() == 0:
-            return
         pages, m, v = self._moments(p)
         g, (b1, b2), lr = p.grad, group["betas"], group["lr"]
         assert g is not None
-        self.state[p]["step"] += 1
-        t = int(self.state[p]["step"])
+        t = int(self.state[p]["step"].add_(1))
         p.mul_(1 - lr * group["weight_decay"])
-        m.lerp_(g.to(m.device), 1 - b1)
-        v.mul_(b2).addcmul_(g.to(v.device), g.to(v.device), value=1 - b2)
+        g = g.to(m.device)
+        m.lerp_(g, 1 - b1)
+        v.mul_(b2).addcmul_(g, g, value=1 - b2)
         root = (v.sqrt() / math.sqrt(1 - b2**t)).add_(group["eps"])
         p.addcdiv_(m.to(p.device), root.to(p.device), value=-lr / (1 - b1**t))
         pages.madvise(mmap.MADV_DONTNEED)  # a shared mapping: what was written stays in the file
