@@ -16,14 +16,15 @@ from omnilora.core.layer import path_name
 from omnilora.core.method import Method
 from omnilora.core.op import Op
 from omnilora.core.parameterization import Leaf, Parameterization, Tensors, from_config, to_config
-from omnilora.core.site import Site, called_site, read_site, reader_of, source_site
+from omnilora.core.site import PLAIN, Site, called_site, read_site, reader_of, source_site
 from omnilora.core.store import store_named
 from omnilora.errors import AttachError, BaseMismatch, StateMismatch, nearest
 
 
 @dataclass(frozen=True, eq=False)
 class SiteState:
-    """One site: its parameterization, scale, tensors by nested name, and which of them are shared."""
+    """One site: its parameterization, scale, tensors by nested name, and which of them are shared. ``shape``: outputs and
+    inputs of its matrix; older files do not have it."""
 
     how: Parameterization
     kind: str
@@ -33,6 +34,7 @@ class SiteState:
     shared: Mapping[str, str] = field(default_factory=dict)  # nested name → key in AdapterState.shared
     region: tuple[int, int] | None = None
     marks: Mapping[str, Any] = field(default_factory=dict)
+    shape: tuple[int, int] | None = None
 
     def tensor(self, name: str, state: AdapterState) -> Tensor:
         return state.shared[self.shared[name]] if name in self.shared else self.tensors[name]
@@ -113,7 +115,8 @@ def state(model: nn.Module, adapter: str | None = None, *, with_base: bool = Tru
                     tensors[key] = value
         marks = {k: v for k, v in slot.marks.items() if k != "optional"}
         sites[slot.site.name] = SiteState(slot.how, slot.site.kind, slot.scale, tensors, dict(slot.roles),
-                                          dict(slot.shared), slot.site.region, marks)  # fmt: skip
+                                          dict(slot.shared), slot.site.region, marks,
+                                          (slot.site.fan_out, slot.site.fan_in))  # fmt: skip
     base: dict[str, Fingerprint] = {}
     if with_base:
         for slot in slots(model, name):
@@ -254,7 +257,7 @@ def delta(site: SiteState, state: AdapterState, W: Op | None = None) -> Op:
     from omnilora.core.context import Context
     from omnilora.core.parameterization import Slot
 
-    slot = Slot(site.how, None, site.scale, path_name("state"))  # type: ignore[arg-type]
+    slot = Slot(site.how, _alone(site, state), site.scale, path_name("state"))  # type: ignore[arg-type]
     leaves = Tensors()
     for name, role in site.roles.items():
         *path, last = name.split(".")
@@ -267,12 +270,22 @@ def delta(site: SiteState, state: AdapterState, W: Op | None = None) -> Op:
     return site.how.delta(slot, Context()) if W is None else site.how.adapt(W, slot, Context())
 
 
+def _alone(s: SiteState, state: AdapterState) -> Site | None:
+    """What forms ask of their site (name, kind, shape), where there is no model."""
+    if s.shape is None:
+        return None
+    name = next((n for n, other in state.sites.items() if other is s), "")
+    return Site(name, nn.Module(), "weight", s.kind, "other", *s.shape, PLAIN, region=s.region)
+
+
 def config_of(s: SiteState) -> dict[str, Any]:
     return {"how": to_config(s.how), "kind": s.kind, "scale": s.scale, "roles": dict(s.roles), "shared": dict(s.shared),
-            "region": list(s.region) if s.region else None, "marks": dict(s.marks)}  # fmt: skip
+            "region": list(s.region) if s.region else None, "marks": dict(s.marks),
+            **({"shape": list(s.shape)} if s.shape else {})}  # fmt: skip
 
 
 def site_from_config(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SiteState:
     region = tuple(data["region"]) if data.get("region") else None
     return SiteState(from_config(data["how"]), data["kind"], float(data["scale"]), tensors, dict(data["roles"]),
-                     dict(data.get("shared", {})), region, dict(data.get("marks", {})))  # type: ignore[arg-type]  # fmt: skip
+                     dict(data.get("shared", {})), region, dict(data.get("marks", {})),
+                     tuple(data["shape"]) if data.get("shape") else None)  # type: ignore[arg-type]  # fmt: skip

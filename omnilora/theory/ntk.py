@@ -179,9 +179,10 @@ def shrink(m: Tensor, by: float) -> Tensor:
 
 
 def numerical_rank(deltas: Mapping[str, Tensor], tolerance: float = 1e-5) -> int:
-    """The largest rank among the changes, relative to the largest singular value of each."""
-    ranks = [int((s > tolerance * s[0]).sum()) if float(s[0]) > 0 else 0 for s in map(torch.linalg.svdvals, deltas.values())]
-    return max(ranks)
+    """The largest rank among the changes, relative to the largest singular value of all; what is below 1e-7 is zero."""
+    values = [torch.linalg.svdvals(d) for d in deltas.values()]
+    least = max(tolerance * max(float(s[0]) for s in values), 1e-7)
+    return max(int((s > least).sum()) for s in values)
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,14 @@ CARD = Card(
     arxiv="2402.11867",
     venue="ICML 2024",
     tags=frozenset({"applies"}),
-    defaults={"lam": 0.05, "rows": 8, "seeds": 2},
+    defaults={"lam": 1e-3, "rows": 8, "seeds": 2},
     cases=(),
     command="omnilora apply --method lora_ntk --model package:minilm --task classification --data rows.jsonl --output runs/ntk",
+    agreement=(
+        "Run on MiniLM with a fresh head, 8 docstrings of 6 classes, query and value of the last layer, λ = 1e-3 (80 s on one "
+        "core): the optimum 0.16021 has rank 5, the bound says at most 9; rank 10 reaches it from both starts (certified to "
+        "1.3e-7), rank 1 ends at 0.17783. The real network is 0.92 of the change away from its linearization there.",
+    ),
     differs=(
         "The official weight decay and nuclear-norm step rebind a loop variable and change nothing: its runs are not "
         "regularized. Here the regularizer is a term of the loss.",
@@ -45,7 +50,7 @@ CARD = Card(
 )
 
 
-def lora_ntk(lam: float = 0.05, rows: int = 8, seeds: int = 2, matrices: str = "last", loss: str = "cross-entropy") -> Method:
+def lora_ntk(lam: float = 1e-3, rows: int = 8, seeds: int = 2, matrices: str = "last", loss: str = "cross-entropy") -> Method:
     """``rows``: examples of the data; ``lam``: λ; ``matrices``: "last" for query and value of the last layer, or an
     expression of parameter paths; ``seeds``: starts of each rank."""
 
