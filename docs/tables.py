@@ -1,4 +1,5 @@
-"""Tables that come from running: what PEFT can hold (docs/peft-table.md), and the benchmark (docs/benchmark.md).
+"""Tables that come from running: what PEFT can hold (docs/peft-table.md), what goes with what (docs/products.md), and the
+benchmark (docs/benchmark.md).
 
     python docs/tables.py
 """
@@ -83,11 +84,20 @@ def benchmark_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def products_table() -> str:
+    """Every method against kinds of layers, mixed batches, DoRA, merging, PEFT and compilation."""
+    sys.path.insert(0, str(HERE))
+    import products
+
+    return str(products.page())
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     (HERE / "benchmark.md").write_text(benchmark_table())
     (HERE / "peft-table.md").write_text(peft_table())
-    print("docs/benchmark.md docs/peft-table.md")
+    (HERE / "products.md").write_text(products_table())
+    print("docs/benchmark.md docs/peft-table.md docs/products.md")
 
 
 if __name__ == "__main__":

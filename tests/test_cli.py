@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -296,6 +297,29 @@ def trained(tiny):
     return ok("train", "--model", tiny / "model", "--method", "lora", "--data", tiny / "train.jsonl", "--steps", 12,
               "--batch-size", 8, "--lr", "1e-2", "--dtype", "fp32", "--output", tiny / "run", "--set", "hyper.r=2",
               "--eval-data", tiny / "test.jsonl", "--set", "save_every=6", "--threads", 1)  # fmt: skip
+
+
+def test_ranks_and_alphas_by_pattern(tiny, tmp_path):
+    """The middle of an override's key is a pattern; what is trained with it is PEFT's rank_pattern and alpha_pattern."""
+    sets = ["overrides.q_proj.r=4", "overrides.q_proj.alpha=6", "overrides.mlp.down_proj.r=2", r"overrides.re:layers\.1\..*.r=5"]
+    assert settings(sets)["overrides"] == {
+        "q_proj": {"r": 4, "alpha": 6}, "mlp.down_proj": {"r": 2}, r"re:layers\.1\..*": {"r": 5}}  # fmt: skip
+    sets = [a for s in ("hyper.r=3", *sets[:3], "targets=[q_proj, down_proj, up_proj]") for a in ("--set", s)]
+    ok("train", "--model", tiny / "model", "--method", "lora", "--data", tiny / "train.jsonl", "--output", tmp_path / "run",
+       "--steps", 1, "--threads", 1, *sets)  # fmt: skip
+    written = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+
+    def of(field, default):
+        return {n.rpartition(".")[2]: written[field].get("^" + re.escape(n), written[default]) for n in written["target_modules"]}
+
+    assert of("rank_pattern", "r") == {"q_proj": 4, "down_proj": 2, "up_proj": 3}
+    assert of("alpha_pattern", "lora_alpha") == {"q_proj": 6, "down_proj": 16, "up_proj": 16}
+
+
+@pytest.mark.parametrize("key", ["pissa", "olora", "eva", "corda", "lora_ga", "run_lora"])
+def test_explain_starts(tiny, key):
+    """No weights are read and no data is seen, so nothing is decomposed."""
+    assert ok("explain", "--model", tiny / "model", "--method", key, "--set", "hyper.r=3")["trainable"] > 0
 
 
 def test_explain_reads_only_the_configuration(tiny):

@@ -22,6 +22,7 @@ from omnilora.io.peft import check_facts, from_peft, noted, to_native, to_peft
 from omnilora.parameterizations.dora import DoRA
 from omnilora.parameterizations.lora import LoRA
 from omnilora.parameterizations.mixture import MixtureOfLoRA
+from omnilora.parameterizations.shifted import ShiftedLoRA
 from omnilora.parameterizations.svd import SVD
 from omnilora.parameterizations.vera import VeRA
 
@@ -96,7 +97,7 @@ def stir(named):
     with torch.no_grad():
         for name, p in named:
             p.add_(torch.randn(p.shape, generator=g) * 0.2)
-            if "lora_embedding_A" in name or name == "emb::A" or name == "emb::inner.A":
+            if "lora_embedding_A" in name or name in ("emb::A", "emb::inner.A", "emb::A0"):
                 p[:, 0] = 0
 
 
@@ -156,6 +157,9 @@ OURS = {
     "vera-bias": ("bert", VeRA(r=6, seed=3), dict(targets=["query", "intermediate.dense"], bias="lora_only", unfreeze=["classifier"])),
     "experts": ("moe", L, dict(targets=EXPERTS)),
     "experts-patterns": ("moe", L, dict(targets=EXPERTS, overrides={"experts.down_proj": {"r": 2, "alpha": 9.0}})),
+    "shifted": ("llama", ShiftedLoRA(r=3, alpha=5.0), dict(targets=Q, overrides={"down_proj": {"r": 2, "alpha": 7.0}})),
+    "gpt2-shifted": ("gpt2", ShiftedLoRA(r=3, alpha=5.0, scaling="alpha/sqrt(r)"), dict(targets=["c_attn", "c_fc"])),
+    "convs-shifted": ("net", ShiftedLoRA(r=2, alpha=5.0), dict(targets=CONVS)),
     "router": ("moe", L, dict(targets=["mlp.gate.weight", "experts.down_proj"])),
 }  # fmt: skip
 

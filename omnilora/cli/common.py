@@ -104,11 +104,16 @@ def parse(text: str) -> Any:
 
 
 def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
-    """``["lr=1e-3", "hyper.r=16"]`` → ``{"lr": 0.001, "hyper": {"r": 16}}``. Raises BadValue on other shapes."""
+    """``["lr=1e-3", "hyper.r=16"]`` → ``{"lr": 0.001, "hyper": {"r": 16}}``. Raises BadValue on other shapes.
+
+    ``overrides.mlp.down_proj.r=4``: what stands between is one pattern, dots and all.
+    """
     out: dict[str, Any] = {}
     for pair in pairs or ():
         key, sign, text = pair.partition("=")
         path = key.strip().split(".")
+        if path[0] == "overrides" and len(path) > 3:
+            path = [path[0], ".".join(path[1:-1]), path[-1]]
         if not sign or not all(path):
             raise BadValue(f"--set {pair!r} is no KEY=VALUE.", "Write --set lr=1e-3 or --set hyper.r=16.")
         home = out

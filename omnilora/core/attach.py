@@ -223,9 +223,13 @@ def adapt(
     hub = place(model, sites, tensors, name, method)
     _optional(hub, model, wanted)
     if method.fill is not None:
-        for slot in slots(model, name):
+        try:
             with torch.no_grad():
-                method.fill(slot, seen.get(slot.site.name))
+                for slot in slots(model, name):
+                    method.fill(slot, seen.get(slot.site.name))
+        except BaseException:
+            detach(model, name)
+            raise
     if method.rules:
         hub.needs_run[name] = method.key
     activate(model, name)

@@ -203,14 +203,22 @@ def listen(site: Site, heard: Callable[[Tensor], None]) -> Any:
     return site.layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
+def observable(site: Site) -> bool:
+    """Whether the site's inputs are rows that meet its matrix: no embeddings, no tensors that another layer reads."""
+    geo = site.geometry
+    if isinstance(geo, ConvGeometry):
+        return len(geo.kernel) == 2 and geo.groups == 1 and geo.pad_mode == "zeros" and not isinstance(geo.padding, str)
+    return site.called and site.kind == "linear"
+
+
 def tokens(site: Site, x: Tensor) -> Tensor:
     """The rows (n, in) that meet the site's matrix."""
     geo = site.geometry
     if isinstance(geo, EmbeddingGeometry):
         raise BadValue(f"{site.name} is an embedding: its input has no features to observe.", "Leave it out.")
     if isinstance(geo, ConvGeometry):
-        if len(geo.kernel) != 2 or geo.groups != 1 or isinstance(geo.padding, str):
-            raise BadValue(f"{site.name}: only plain 2-D convolutions can be observed.", "Leave it out.")
+        if not observable(site):
+            raise BadValue(f"{site.name}: only 2-D convolutions without groups, padded by zeros, can be observed.", "Leave it out.")
         cols = torch.nn.functional.unfold(x, geo.kernel, geo.dilation, geo.padding, geo.stride)
         return cols.mT.flatten(0, 1)
     return x.flatten(0, -2)

@@ -86,6 +86,11 @@ class Op(ABC):
         """The map without its offset."""
         return self
 
+    @property
+    def plain_weight(self) -> Tensor | None:
+        """M (out, in) where applying the map is F.linear with it and the offset, all constants; None elsewhere."""
+        return None
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(B, A) with M == B @ A where the map is low-rank by construction."""
         return None

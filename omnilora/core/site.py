@@ -255,6 +255,14 @@ class Base(Op):
     def linear(self) -> Op:
         return self if self.offset is None else BaseLinear(self)
 
+    @property
+    def plain_weight(self) -> Tensor | None:
+        own = getattr(self.forward, "__func__", None) is nn.Linear.forward and not self.args and not self.kwargs
+        if not own or self.y is not None or not self.site.store.dense:
+            return None
+        learns = [p for p in self.layer.parameters(recurse=False) if p.requires_grad]
+        return None if learns else self.site.store.read()
+
 
 class BaseLinear(Op):
     """The layer's map without its bias: from the layer's own forward, so that any quantizer serves."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class Store(ABC):
     """The weight ``name`` of ``layer``."""
 
+    dense = False  # True: a plain tensor of the stored layout
     exact = True  # False: writing loses precision beyond the dtype's rounding (a quantizer)
     linear = False  # layers with this store are linear layers, whatever their class
 
@@ -101,6 +102,8 @@ class Store(ABC):
 
 class Dense(Store):
     """A plain tensor."""
+
+    dense = True
 
     def read(self) -> Tensor:
         return self.parameter

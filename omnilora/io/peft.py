@@ -17,6 +17,7 @@ from omnilora.io.peft_facts import STORED, check_facts, noted
 from omnilora.io.peft_names import PREFIX, Entry, entries, family_of, lora_of, renamed, split
 from omnilora.io.peft_read import from_peft
 from omnilora.parameterizations.dora import DoRA
+from omnilora.parameterizations.shifted import ShiftedLoRA
 
 __all__ = ["check_facts", "from_peft", "noted", "to_native", "to_peft"]
 
@@ -57,6 +58,9 @@ def _tensors(table: Sequence[Entry], state: AdapterState) -> dict[str, Tensor]:
         packed = e.pack(t).contiguous()
         if not torch.equal(e.unpack(packed).contiguous(), t):
             raise NotExpressible(f"{e.site}: {e.name} of shape {tuple(t.shape)} does not fit PEFT's layout.")
+        if e.half is not None and e.half[1] == 1:
+            out[e.foreign] = torch.cat((out[e.foreign], packed), e.half[0])
+            continue
         if e.foreign in out and not torch.equal(out[e.foreign], packed):
             raise NotExpressible(f"{e.site}: PEFT keeps one {e.foreign!r} for all layers.")
         out[e.foreign] = packed
@@ -113,6 +117,7 @@ def _lora(adapted: Mapping[str, SiteState]) -> dict[str, Any]:
     for name, s in adapted.items():
         a = s.tensors.get("inner.A" if dora else "A")
         r = lora_of(s.how).r if a is None or s.kind == "tensor" else int(a.shape[0])
+        r *= 2 if type(s.how) is ShiftedLoRA else 1  # (A; A₀) and (B, −B₀)
         ranks[_path(name, s)] = r
         alphas[_path(name, s)] = alpha_for(s.scale, math.sqrt(r) if sqrt else r)
     r, rank_pattern = _patterns(ranks)

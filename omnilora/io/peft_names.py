@@ -18,6 +18,8 @@ from omnilora.errors import FileRefused, NotExpressible
 from omnilora.io.peft_facts import STORED, shape_of
 from omnilora.parameterizations.dora import DoRA
 from omnilora.parameterizations.lora import LoRA
+from omnilora.parameterizations.run_lora import RunLoRA
+from omnilora.parameterizations.shifted import ShiftedLoRA
 from omnilora.parameterizations.svd import SVD
 from omnilora.parameterizations.vera import VeRA
 
@@ -30,6 +32,7 @@ LEAVES = {
     "ADALORA": {"P": "lora_B", "lam": "lora_E", "Q": "lora_A"},
     "VERA": {"d": "vera_lambda_d", "b": "vera_lambda_b"},
 }
+HALVES = {"A": (0, 0), "B": (1, 0), "A0": (0, 1), "B0": (1, 1)}  # of ShiftedLoRA: (A; A₀), (B, −B₀), rank 2r
 _READ_BY_PARENT = re.compile(
     r"(^|\.)(in_proj_weight|[qkv]_proj_weight|out_proj\.weight|weight_(ih|hh|hr)_l\d+(_reverse)?)$"
 )
@@ -42,7 +45,7 @@ def _same(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its native and its PEFT name, and its shape in each."""
+    """One tensor: its native and its PEFT name, and its shape in each. Halves of one foreign tensor come in order."""
 
     site: str
     name: str
@@ -50,12 +53,20 @@ class Entry:
     foreign: str
     pack: Callable[[Tensor], Tensor] = _same
     unpack: Callable[[Tensor], Tensor] = _same
+    half: tuple[int, int] | None = None  # (dimension, 0 or 1): one half of the foreign tensor, along the rank
+
+    def part(self, whole: Tensor) -> Tensor:
+        """What of the foreign tensor is this one's."""
+        if self.half is None:
+            return whole
+        dim, which = self.half
+        return whole.narrow(dim, which * (whole.shape[dim] // 2), whole.shape[dim] // 2)
 
 
 def family_of(how: Parameterization) -> str | None:
     """The PEFT type that has this map; "own" for own copies, None where PEFT has none."""
     kind = type(how)
-    if kind is LoRA:
+    if kind in (LoRA, ShiftedLoRA, RunLoRA):
         return "LORA" if how.conv_layout == "peft" else None  # type: ignore[attr-defined]
     if kind is DoRA:
         return family_of(how.inner) if type(how.inner) is LoRA else None  # type: ignore[attr-defined]
@@ -110,7 +121,7 @@ def entries(sites: Mapping[str, SiteState], state: AdapterState | None = None) -
     for name, s in sites.items():
         family = family_of(s.how)
         if family is None:
-            raise NotExpressible(f"{name}: PEFT has no {type(s.how).__name__} with this layout.")
+            raise NotExpressible(f"{name}: a {type(s.how).__name__} of this layout is not written in PEFT's format.")
         if s.region is not None:
             raise NotExpressible(f"{name} is a slice of a fused layer; PEFT adapts whole layers.")
         if family == "own":
@@ -128,7 +139,7 @@ def renamed(table: Sequence[Entry], tensors: Mapping[str, Tensor]) -> dict[str, 
     for e in table:
         if e.foreign not in tensors:
             raise FileRefused(f"The tensor {e.foreign!r} is missing.", "The file is damaged.")
-        t = e.unpack(tensors[e.foreign]).contiguous()
+        t = e.unpack(e.part(tensors[e.foreign])).contiguous()
         if e.native in out and not torch.equal(out[e.native], t):
             raise FileRefused(f"{e.foreign!r} differs from the other copies of {e.native!r}.", "The file is damaged.")
         out[e.native] = t
@@ -155,6 +166,9 @@ def _layer(name: str, s: SiteState, family: str, state: AdapterState | None) -> 
     for tensor in s.roles:
         last = tensor.rpartition(".")[2]
         native = _native(name, tensor, s)
+        half = HALVES.get(last) if type(s.how) is ShiftedLoRA else None
+        if half is not None:
+            last = last[0]
         if family == "VERA" and last in SHARED:
             yield Entry(name, tensor, native, SHARED[last])
             continue
@@ -163,13 +177,15 @@ def _layer(name: str, s: SiteState, family: str, state: AdapterState | None) -> 
             pack, unpack = _conv_pack(last, shape), _flat if last != "m" else _line
         elif last == "lam":
             pack, unpack = _column, _line
-        yield Entry(name, tensor, native, f"{PREFIX}{name}.{leaves[last]}", pack, unpack)
+        if tensor == "B0":
+            pack, unpack = _minus(pack), _minus(unpack)
+        yield Entry(name, tensor, native, f"{PREFIX}{name}.{leaves[last]}", pack, unpack, half)
 
 
 def _check_padding(name: str, s: SiteState, state: AdapterState) -> None:
     pad = s.marks.get(STORED, {}).get("pad")
-    a = next(k for k in s.roles if k.rpartition(".")[2] == "A")
-    if pad is not None and s.tensor(a, state)[:, pad].any():
+    sides = [k for k in s.roles if k.rpartition(".")[2] in ("A", "A0")]
+    if pad is not None and any(s.tensor(a, state)[:, pad].any() for a in sides):
         raise NotExpressible(f"{name}: A is not zero at the padding id {pad}, where PEFT would apply it.")
 
 
@@ -196,6 +212,10 @@ def _conv_pack(last: str, shape: tuple[int, ...] | None) -> Callable[[Tensor], T
     if last == "m":
         return lambda t: t.reshape(1, -1, *ones)
     return (lambda t: t.reshape(-1, *shape[1:])) if last == "A" else (lambda t: t.reshape(*t.shape, *ones))
+
+
+def _minus(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda t: -f(t)
 
 
 def _flat(t: Tensor) -> Tensor:

@@ -9,28 +9,28 @@ import torch
 from torch import Tensor
 
 from omnilora.core.context import Context
-from omnilora.core.parameterization import Slot, kaiming
+from omnilora.core.parameterization import Slot
 from omnilora.core.rule import Rule
 from omnilora.core.run import Run
 from omnilora.errors import BadValue
 
 
 def fresh(slot: Slot) -> None:
-    """LoRA's start: A Kaiming, B zero."""
-    for name, t in slot.by_role("input", "output"):
-        t.copy_(kaiming(*t.shape).to(t)) if slot.roles[name] == "input" else t.zero_()
+    """The start of the form inside: LoRA's A Kaiming, B zero."""
+    made = dict(slot.how.inner.init(slot.site).flat())  # type: ignore[attr-defined]
+    for name, t in slot.inner.tensors():
+        if t.requires_grad:
+            t.copy_(made[name].value)
 
 
 def fold(run: Run, renew: Callable[[Slot], None] = fresh) -> list[Tensor]:
-    """Accumulate what every slot has learnt, let ``renew`` start its factors anew, and return those factors."""
-    drawn = []
-    for slot in run.slots():
-        if "acc" not in slot.roles:
-            continue
+    """Accumulate what every slot has learnt, let ``renew`` start its inner form anew, and return the tensors that learn."""
+    folded = [slot for slot in run.slots() if "acc" in slot.roles]
+    for slot in folded:
         slot.acc.add_(slot.how.inner.delta(slot.inner, Context()).dense())  # type: ignore[attr-defined]
+    for slot in folded:  # tensors that sites share are renewed when all have been read
         renew(slot)
-        drawn += [t for _, t in slot.by_role("input", "output")]
-    return drawn
+    return [t for slot in folded for _, t in slot.inner.tensors() if t.requires_grad]
 
 
 class Snapshot(Rule):
