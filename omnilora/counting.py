@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,11 +11,11 @@ import torch
 from torch import nn
 
 from omnilora.core.parameterization import Leaf, is_still
-from omnilora.core.site import Site, called_site, inner_reads, role_of
+from omnilora.core.site import Site, called_site, inner_reads
 from omnilora.core.store import store_of
 
 # numbers an optimizer keeps for each trainable one
-OPTIMIZERS = {"adamw": 2, "adam": 2, "adamax": 2, "nadam": 2, "radam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1,
+OPTIMIZERS = {"adamw": 2, "paged_adamw": 2, "adam": 2, "adamax": 2, "nadam": 2, "radam": 2, "lion": 1, "rmsprop": 1, "adagrad": 1,
               "momentum": 1, "sgd": 0}  # fmt: skip
 HOW_ACTIVATIONS = (
     "batch_size · length tokens times what the adapter's own backward pass keeps at each site: the layer's input where "
@@ -36,11 +38,20 @@ def shapes(model: nn.Module) -> Iterator[torch.Size]:
                 yield torch.Size(store_of(layer, name).shape())
 
 
-def weights(model: nn.Module, held: Mapping[str, Any] | None) -> dict[str, int]:
-    """Bytes of the base by dtype, buffers included; with ``held`` the linear layers it would quantize counted so."""
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the model without its numbers: plain parameters and buffers on the meta device, tied ones tied."""
+    memo: dict[int, Any] = {}
+    for t in itertools.chain(model.parameters(), model.buffers()):
+        plain = type(t.data) in (torch.Tensor, nn.Parameter)
+        empty = torch.empty_like(t, device="meta") if plain else t
+        memo[id(t)] = nn.Parameter(empty, t.requires_grad) if plain and isinstance(t, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def weights(model: nn.Module) -> dict[str, int]:
+    """Bytes of the base by dtype, or by what its store calls them; buffers included."""
     out: dict[str, int] = {}
     seen: set[int] = set()
-    embedded = {id(m._parameters.get("weight")) for m in model.modules() if isinstance(m, nn.Embedding)}
     for path, layer in model.named_modules():
         if ".adapters" in f".{path}":
             continue
@@ -48,15 +59,9 @@ def weights(model: nn.Module, held: Mapping[str, Any] | None) -> dict[str, int]:
             if p is None or id(p) in seen:
                 continue
             seen.add(id(p))
-            small = (held is not None and name == "weight" and type(layer) is nn.Linear and id(p) not in embedded
-                     and role_of(path, layer) not in ("head", "router"))  # fmt: skip
-            if small:
-                assert held is not None
-                key = str(held.get("quant_type", "nf4"))
-                out[key] = out.get(key, 0) + _four_bits(p.numel(), held)
-                continue
-            for t in store_of(layer, name).tensors().values():
-                key = str(t.dtype).removeprefix("torch.")
+            store = store_of(layer, name)
+            for t in store.tensors().values():
+                key = store.form or str(t.dtype).removeprefix("torch.")
                 out[key] = out.get(key, 0) + t.numel() * t.element_size()
         for b in layer._buffers.values():
             if b is not None and id(b) not in seen:
@@ -64,13 +69,6 @@ def weights(model: nn.Module, held: Mapping[str, Any] | None) -> dict[str, int]:
                 key = str(b.dtype).removeprefix("torch.")
                 out[key] = out.get(key, 0) + b.numel() * b.element_size()
     return out
-
-
-def _four_bits(numel: int, held: Mapping[str, Any]) -> int:
-    """Codes of half a byte, one scale a block: fp32, or a byte and an fp32 for each 256 of them, with the layer's
-    codebook of 256 scales and their offset."""
-    blocks = -(-numel // int(held.get("blocksize", 64)))
-    return -(-numel // 2) + (blocks + 4 * -(-blocks // 256) + 1028 if held.get("double", True) else 4 * blocks)
 
 
 def saved(site: Site, leaves: Mapping[str, Leaf], stuck: frozenset[str], rank: int, tokens: int) -> int:

@@ -6,6 +6,7 @@ the meta device from shapes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -97,7 +98,7 @@ def explain(
         model: any nn.Module, also on the meta device.
         batch_size, length: rows and tokens a row of one forward, for activations.
         optimizer: name; default: the method's own, else "adamw".
-        store: how the base will be held ({"quant_type": "nf4"}); default: the method's.
+        store: how the base will be held, as ``ol.quantize`` takes it ({"quant_type": "nf4"}); default: the method's.
         options: ``exclude``, ``overrides``, ``unfreeze``, ``bias``, ``tied`` of :class:`Targets`.
 
     Raises: the typed errors of ``ol.adapt`` for targets and hyper-parameters that do not fit.
@@ -114,8 +115,7 @@ def explain(
     with torch.random.fork_rng(devices=[]):
         tensors = [_leaves(site, how) for site, how in sites]
     rows, learning, still = _counted(sites, tensors)
-    held = store if store is not None else made.store
-    weights = counting.weights(model, held)
+    held, weights = _held(model, made, store, [s for s, _ in sites])
     tokens = batch_size * length
     kept = sum(counting.saved(s, t, how.frozen(), how.rank(), tokens) for (s, how), t in zip(sites, tensors))
     state = counting.OPTIMIZERS[chosen] * learning
@@ -132,6 +132,22 @@ def explain(
         assumed={"batch_size": batch_size, "length": length, "optimizer": chosen,
                  "activations": counting.HOW_ACTIVATIONS, "flop_ratio": counting.HOW_FLOPS},
         notes=_notes(made, sites, held), sites=tuple(rows))  # fmt: skip
+
+
+def _held(model: nn.Module, made: Method, store: Mapping[str, Any] | None, sites: Sequence[Site]) -> tuple[bool, dict[str, int]]:
+    """(whether the base is brought into another form, its bytes then), on a copy without numbers."""
+    if store is None and made.store is None:
+        return False, counting.weights(model)
+    bare = counting.skeleton(model)
+    if store is not None:
+        from omnilora.stores.nf4_layer import quantize
+
+        quantize(bare, **store)
+    elif made.store is not None:
+        layers = dict(bare.named_modules())
+        path = {id(m): n for n, m in model.named_modules()}
+        made.store(bare, [dataclasses.replace(s, layer=layers[path[id(s.layer)]]) for s in sites])
+    return True, counting.weights(bare)
 
 
 def _counted(sites: Plan, tensors: Sequence[Mapping[str, Leaf]]) -> tuple[list[SitePlan], int, int]:
@@ -169,13 +185,13 @@ def _leaves(site: Site, how: Parameterization) -> dict[str, Leaf]:
                              "Adapt the model and count.") from error  # fmt: skip
 
 
-def _notes(method: Method, sites: Plan, held: Mapping[str, Any] | None) -> tuple[str, ...]:
+def _notes(method: Method, sites: Plan, held: bool) -> tuple[str, ...]:
     out = []
     if method.prepare is not None:
         out.append("The method observes data first and may choose other ranks or sites than these.")
     if method.rules:
         out.append(f"Trains with rules ({', '.join(type(r).__name__ for r in method.rules)}): use ol.fit or ol.start.")
-    if held is not None:
+    if held:
         out.append("Weights of linear layers are counted as they will be held, quantized.")
     if any(site.kind == "conv" for site, _ in sites):
         out.append("The FLOP ratio takes one position of every convolution.")

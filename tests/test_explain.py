@@ -97,6 +97,22 @@ def test_four_bits_are_counted_as_they_will_be_held():
     assert sum(explain(model, "lora").weights.values()) == after + 4 * 128
 
 
+@pytest.mark.parametrize("key, hyper", [("qlora", {}), ("qlora", {"double": False, "blocksize": 32}), ("qdylora", {}),
+                                        ("qa_lora", {"bits": 3, "group": 16}), ("loftq", {"bits": 2}),
+                                        ("loftq", {"quantizer": "uniform"}),
+                                        ("lqer", {"k": 3, "scaled": False})])  # fmt: skip
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_quantized_base_is_counted_as_it_will_be_held(llama, key, hyper, meta):
+    counting = importlib.import_module("omnilora.counting")
+    method = ol.method(key, **({"r": 3} if key != "lqer" else {}), **hyper)
+    found = explain(on_meta() if meta else llama, method)
+    other = copy.deepcopy(llama)
+    ol.adapt(other, method)
+    assert sum(found.weights.values()) == sum(counting.weights(other).values()) < sum(explain(llama, "lora").weights.values())
+    assert any("quantized" in note for note in found.notes)
+    assert all(type(m) is type(n) for m, n in zip(llama.modules(), on_meta().modules(), strict=True)), "nothing changed"
+
+
 def test_formats_say_why_not(llama):
     assert explain(llama, "lora").formats["peft"] == {"can": True, "why": ""}
     answer = explain(llama, "tied_lora").formats["peft"]

@@ -48,8 +48,10 @@ def merged_folder(model: Any, tokenizer: Any, output: Path, probe: str, bound: f
 
 def _note_quantizer(model: Any) -> None:
     """Say in the model's configuration how its weights are held, so that transformers loads what was saved."""
+    from omnilora.stores.coded import make_dense
     from omnilora.stores.nf4_layer import FourBitLinear
 
+    make_dense(model)  # no file format of transformers holds a codec's bytes
     packed = [m for m in model.modules() if isinstance(m, FourBitLinear)]
     if not packed:
         if getattr(model.config, "quantization_config", None) is not None:

@@ -26,6 +26,9 @@ def _factors(state: AdapterState, site: str) -> tuple[Tensor, Tensor]:
 def _check(states: Sequence[AdapterState], weights: Sequence[float]) -> list[str]:
     if not states or len(states) != len(weights):
         raise BadValue(f"{len(states)} adapters and {len(weights)} weights.", "Give one weight for each adapter.")
+    if any(s.carried for s in states):
+        raise NotExpressible("One of the adapters carries base weights of its own.",
+                             "Adapters can be combined only on one and the same base.")  # fmt: skip
     return list(dict.fromkeys(name for s in states for name in s.sites))
 
 

@@ -134,7 +134,7 @@ def _tied(model: nn.Module, targets: Targets, out: Plan) -> None:
     by_weight: dict[int, list[tuple[Site, Parameterization]]] = {}
     for site, how in out:
         if site.called and site.param:
-            by_weight.setdefault(id(site.layer._parameters.get(site.param)), []).append((site, how))
+            by_weight.setdefault(id(site.store.parameter), []).append((site, how))
     for group in by_weight.values():
         layers = {id(s.layer) for s, _ in group}
         if len(layers) > 1 and targets.tied != "both":
@@ -146,7 +146,7 @@ def _tied(model: nn.Module, targets: Targets, out: Plan) -> None:
     for site, how in list(out):
         if site.kind != "embedding":
             continue
-        weight = site.layer._parameters[site.param]
+        weight = site.store.parameter
         for name, layer in model.named_modules():
             if is_linear(layer) and layer._parameters.get("weight") is weight:
                 out[:] = [(s, h) for s, h in out if s.layer is not layer]
@@ -181,7 +181,7 @@ def _with_peers(out: Plan) -> None:
         groups.setdefault(repr(how), []).append(site)
     by_name = {s.name: s for s, _ in out}
     for site, how in out:
-        peers = groups[repr(how)]
+        peers, site.how = groups[repr(how)], how
         site.peers = tuple([*peers, by_name[how.first]] if isinstance(how, TiedUse) else peers)
 
 

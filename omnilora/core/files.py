@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from omnilora.core import state as states
 from omnilora.core.fingerprint import Fingerprint
-from omnilora.core.state import AdapterState
+from omnilora.core.state import AdapterState, Carried
 from omnilora.errors import FileRefused, NotExpressible, OmniloraError, UnknownName
 
 FORMAT = 1
@@ -100,10 +100,11 @@ def _json(data: Any) -> bytes:
 def manifest(state: AdapterState, tensor_file: str) -> dict[str, Any]:
     from omnilora import __version__
 
+    carried = {p: {"store": c.store, "said": dict(c.said), "tensors": sorted(c.tensors)} for p, c in state.carried.items()}
     return {"format": FORMAT, "library": __version__, "method": state.method, "hyper": _plain(state.hyper),
             "sites": {n: states.config_of(s) for n, s in state.sites.items()}, "tensors": tensor_file,
             "content": state.content(), "base": {n: asdict(f) for n, f in state.base.items()},
-            "probe": _probe(state), "extra": dict(state.extra)}  # fmt: skip
+            "probe": _probe(state), "extra": dict(state.extra), **({"carried": carried} if carried else {})}  # fmt: skip
 
 
 def _plain(hyper: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +131,8 @@ def _probe(state: AdapterState) -> dict[str, list[float]]:
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = None) -> Path:
-    """Save one adapter of ``model`` into a folder, atomically. Base weights are never written."""
+    """Save one adapter of ``model`` into a folder, atomically. Base weights are not written, but those that the original
+    base does not give (a quantized base that was chosen together with the adapter)."""
     from omnilora.io import peft
 
     return save_state(peft.noted(model, states.state(model, adapter)), path)
@@ -147,7 +149,7 @@ def save_state(state: AdapterState, path: str | os.PathLike[str]) -> Path:
         files["adapter_model.safetensors"] = encode(_ordered(tensors), {"format": "pt"})
         name = "adapter_model.safetensors"
     except NotExpressible:
-        files[NATIVE] = encode(_ordered(state.flat()))
+        files[NATIVE] = encode(_ordered(state.everything()))
         name = NATIVE
     files[MANIFEST] = _json(manifest(state, name))
     return write_folder(path, files)
@@ -250,8 +252,9 @@ def load_file(path: str | os.PathLike[str], quota: int = QUOTA) -> AdapterState:
     if data.get("format") != FORMAT:
         raise FileRefused(f"{MANIFEST} has format {data.get('format')!r}.", f"This version reads format {FORMAT}.")
     known = {"format", "library", "method", "hyper", "sites", "tensors", "content", "base", "probe", "extra"}
-    if set(data) != known:
-        raise UnknownName(f"{MANIFEST}: missing {sorted(known - set(data))}, unknown {sorted(set(data) - known)}.",
+    if set(data) - {"carried"} != known:
+        odd = sorted(set(data) - known - {"carried"})
+        raise UnknownName(f"{MANIFEST}: missing {sorted(known - set(data))}, unknown {odd}.",
                           "A newer version wrote it, or it is damaged.")  # fmt: skip
     if data["tensors"] not in (NATIVE, "adapter_model.safetensors"):
         raise FileRefused(f"{MANIFEST} names the tensor file {data['tensors']!r}.")
@@ -286,11 +289,18 @@ def _assemble(data: Mapping[str, Any], tensors: dict[str, Tensor]) -> AdapterSta
             elif key in tensors:
                 own[name] = tensors[key]
         sites[site] = states.site_from_config(config, own)
+    carried = {}
+    for path, c in data.get("carried", {}).items():
+        keys = {name: f"carried::{path}::{name}" for name in c["tensors"]}
+        if missing := [k for k in keys.values() if k not in tensors]:
+            raise FileRefused(f"The tensors {missing[:4]} are missing.", "The file is damaged.")
+        expected |= set(keys.values())
+        carried[path] = Carried(str(c["store"]), dict(c["said"]), {n: tensors[k] for n, k in keys.items()})
     extra = set(tensors) - expected
     if extra:
         raise FileRefused(f"Unexpected tensors: {sorted(extra)[:4]}.", "The file is damaged or newer.")
     base = {n: Fingerprint(tuple(f["shape"]), f["digest"], tuple(f["sketch"]), f["norm"]) for n, f in data["base"].items()}
-    return AdapterState(data["method"], data["hyper"], sites, shared, base, data["extra"])
+    return AdapterState(data["method"], data["hyper"], sites, shared, base, data["extra"], carried)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, check_base: bool = True,

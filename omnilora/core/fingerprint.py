@@ -68,7 +68,11 @@ _kept: MutableMapping[Tensor, tuple[tuple[int, bytes], Fingerprint]] = WeakTenso
 
 
 def fingerprint(site: Site) -> Fingerprint:
-    """Computed once for each weight, again when its version or a sample of its bytes has changed."""
+    """Computed once for each weight, again when its version or a sample of its bytes has changed; of a carried weight,
+    that of the original weight behind it."""
+    origin: Fingerprint | None = site.store.origin
+    if origin is not None:
+        return origin
     flat = next(iter(site.store.tensors().values())).detach().flatten()
     sample = flat[:: max(1, flat.numel() // 64)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
     mark = (site.store.parameter._version, sample)

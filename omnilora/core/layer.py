@@ -162,7 +162,7 @@ def _run_merged(layer: Any, mine: Adapters, args: tuple[Any, ...], kwargs: dict[
     """A layer whose store cannot be written: its dense merged weight stands in for the layer's own forward."""
     site = next(s.site for group in mine.slots.values() for s in group if s.site.called)
     x, _, _ = _input(site, args, kwargs)
-    return site.native(Matrix(mine.merged["weight"], layer._parameters.get("bias")).apply(x, site.geometry))
+    return site.native(Matrix(mine.merged["weight"], site.store.offset).apply(x, site.geometry))
 
 
 def _in_backward(hub: Hub, ctx: Context) -> Context:
@@ -380,6 +380,17 @@ def _run_sets_compiled(layer: Any, mine: Adapters, ctx: Context, rows: RowGroups
             mask = (member == i).reshape(*member.shape, *[1] * (y0.dim() - member.dim()))
             y = torch.where(mask, z, y)
     return site.native(y)
+
+
+def change_of(pairs: list[tuple[Slot, Any]], ctx: Context) -> Op | None:
+    """The sum of the updates as one map, where all are additive and on the whole weight; else None."""
+    out: Op | None = None
+    for slot, w in pairs:
+        if slot.site.region is not None or not is_additive(slot.how):
+            return None
+        part = w * slot.how.delta(slot, ctx)
+        out = part if out is None else out + part
+    return out
 
 
 def merged_matrix(base: Base, pairs: list[tuple[Slot, Any]], ctx: Context) -> tuple[Tensor, Tensor | None]:

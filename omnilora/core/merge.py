@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from omnilora.core.attach import detach, hosts, hub_of
 from omnilora.core.context import Context, Hub, RowSpec
-from omnilora.core.layer import adapted_tensors, merged_matrix
+from omnilora.core.layer import adapted_tensors, change_of, merged_matrix
+from omnilora.core.op import Op
 from omnilora.core.site import Base, Site
-from omnilora.core.store import Dense
+from omnilora.core.store import Dense, store_of
 from omnilora.errors import AttachError, BadValue, MergeRefused, NotMergeable
 
 BOUNDS = {"fp64": 1e-9, "fp32": 1e-3, "16 bit": 1e-2, "requantized": 5e-2}
@@ -23,13 +24,17 @@ BOUNDS = {"fp64": 1e-9, "fp32": 1e-3, "16 bit": 1e-2, "requantized": 5e-2}
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Relative errors of one merged weight: of the stored matrix, and of the layer's action on seeded vectors."""
+    """Relative errors of one merged weight: of the stored matrix, and of the layer's action on seeded vectors.
+
+    ``absorbed``: a quantized store folded the update in exactly; no weight was rounded again.
+    """
 
     name: str
     dtype: str
     weight_error: float
     action_error: float
     written: bool
+    absorbed: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,8 @@ def merge(
             before = probe(model) if probe is not None else None
             todo = [(n, layer, _new_weights(layer, active, hub.current())) for n, layer in hosts(model)]
             for name, layer, new in todo:
-                for site, m, offset in new:
-                    reports.append(_write(name, layer, site, m, offset, originals, done, requantize))
+                for site, m, offset, change in new:
+                    reports.append(_write(name, layer, site, m, offset, change, originals, done, requantize))
             hub.merged = tuple(n for n, _ in active)
             after = probe(model) if probe is not None else None
         errors = _relative(before, after) if before is not None and after is not None else (
@@ -166,43 +171,51 @@ def _relative(before: Tensor, after: Tensor) -> tuple[float, float]:
     return float(rows.max()), float(rows.mean())
 
 
-def _new_weights(layer: Any, active: Any, ctx: Context) -> list[tuple[Site, Tensor, Tensor | None]]:
-    """(site, stored-layout tensor, offset or None) of every weight of a layer that changes; nothing is written."""
+def _new_weights(layer: Any, active: Any, ctx: Context) -> list[tuple[Site, Tensor, Tensor | None, Op | None]]:
+    """(site, stored-layout tensor, offset or None, W' − W as a map or None) of every weight of a layer that changes;
+    nothing is written."""
     pairs = [(s, w) for name, w in active if name in layer.adapters.slots for s in layer.adapters.slots[name]
              if s.site.kind != "source"]  # fmt: skip
-    out: list[tuple[Site, Tensor, Tensor | None]] = []
+    out: list[tuple[Site, Tensor, Tensor | None, Op | None]] = []
     called = [p for p in pairs if p[0].site.called]
     if called:
         site = called[0][0].site
         m, offset = merged_matrix(Base(site, layer), called, ctx)
-        if offset is not None and layer._parameters.get("bias") is None:
+        if offset is not None and site.store.offset is None:
             raise NotMergeable(f"{site.name}: the adapted map has an offset, and the layer has no bias to hold it.",
                                "Keep the adapter unmerged, or leave this layer out of its targets.")  # fmt: skip
-        out.append((site, site.layout.stored(m, site.store.shape()), offset))
+        out.append((site, site.layout.stored(m, site.store.shape()), offset, change_of(called, ctx)))
     reads = [p for p in pairs if not p[0].site.called]
     for key, value in adapted_tensors(reads, ctx).items():
         site = next(s.site for s, _ in reads if s.site.key == key)
-        out.append((site, value.detach(), None))
+        out.append((site, value.detach(), None, None))
     return out
 
 
-def _write(name: str, layer: Any, site: Site, m: Tensor, offset: Tensor | None, originals: Originals,
+def _write(name: str, layer: Any, site: Site, m: Tensor, offset: Tensor | None, change: Op | None, originals: Originals,
            done: list[Any], requantize: bool) -> LayerReport:  # fmt: skip
     store = site.store
     key = f"{name}|{site.key}"
-    writable = isinstance(store, Dense) or requantize
-    if writable:
+    absorbed = False
+    if change is not None and not isinstance(store, Dense):
+        before = {k: t.detach().clone() for k, t in store.tensors().items()}
+        absorbed = store.absorb(change, site)
+    writable = isinstance(store, Dense) or requantize or absorbed
+    if absorbed:
+        originals.add(key, before)
+        kept = store.read()
+    elif writable:
         originals.add(key, store.tensors())
         store.write(m)
         kept = store.read()
     else:
         layer.adapters.merged[site.param] = kept = m.to(_compute_dtype(store))
     done.append((key, layer, site, writable))
-    if offset is not None and layer._parameters.get("bias") is not None:
-        originals.add(f"{key}|offset", {"bias": layer.bias})
+    if offset is not None and (bias := store.offset) is not None:
+        originals.add(f"{key}|offset", {"bias": bias})
         done.append((f"{key}|offset", layer, site, True))
         with torch.no_grad():
-            layer.bias.copy_(offset.to(layer.bias.dtype))
+            bias.copy_(offset.to(bias.dtype))
     g = torch.Generator().manual_seed(0)
     exact = torch.float64 if kept.dtype == torch.float64 else torch.float32
     wide, stored = m.to(exact), kept.detach().to(exact)
@@ -211,8 +224,9 @@ def _write(name: str, layer: Any, site: Site, m: Tensor, offset: Tensor | None, 
     y, z = x @ mat.mT, x @ mat2.mT
     action = float((y - z).norm() / y.norm().clamp_min(1e-30))
     error = float((wide - stored).norm() / wide.norm().clamp_min(1e-30))
-    kind = "quantized" if not isinstance(store, Dense) and writable else str(kept.dtype).removeprefix("torch.")
-    return LayerReport(site.name, kind, error, action, writable)
+    rounded = not isinstance(store, Dense) and writable and not absorbed
+    kind = "quantized" if rounded else str(kept.dtype).removeprefix("torch.")
+    return LayerReport(site.name, kind, error, action, writable, absorbed)
 
 
 def _compute_dtype(store: Any) -> torch.dtype:
@@ -225,7 +239,7 @@ def _restore(done: list[Any], originals: Originals) -> None:
             if not writable:
                 layer.adapters.merged.pop(site.param, None)
             elif key.endswith("|offset"):
-                layer.bias.copy_(originals.get(key)["bias"])
+                site.store.offset.copy_(originals.get(key)["bias"])
             else:
                 old = originals.get(key)
                 for name, t in site.store.tensors().items():
@@ -274,10 +288,11 @@ def merge_and_unload(model: nn.Module, adapters: RowSpec = None, **options: Any)
 
 
 def _dense_copy(layer: Any, weight: Tensor) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta")
+    bias = store_of(layer).offset
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
-    if layer.bias is not None:
-        made.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return made.train(layer.training)
 
 

@@ -91,10 +91,11 @@ class Method:
     """What ``ol.adapt`` puts on a model and ``ol.fit`` trains.
 
     ``store(model, sites)`` puts the base into the form the method wants, before sites are made (4 bits), and may return
-    what it saw, by site name; ``arrange(sites, how)`` gives each site its own parameterization (a rank by depth, None to
-    leave it out); ``source`` makes context from the model's inputs; ``fill(slot, seen)`` sets a fresh slot's tensors, seen
-    being what ``store`` or ``prepare`` saw at the site; ``prepare`` observes data and decides the method and targets
-    before any tensor is made (``ol.prepare``); ``apply(job)`` does the work of a method that trains no adapter.
+    what it saw, by site name; a site knows the form planned for it (``site.how``); ``arrange(sites, how)`` gives each
+    site its own parameterization (a rank by depth, None to leave it out); ``source`` makes context from the model's
+    inputs; ``fill(slot, seen)`` sets a fresh slot's tensors, seen being what ``store`` or ``prepare`` saw at the site;
+    ``prepare`` observes data and decides the method and targets before any tensor is made (``ol.prepare``);
+    ``apply(job)`` does the work of a method that trains no adapter.
     """
 
     key: str

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from omnilora.core import families
 from omnilora.core.op import LINEAR, Geometry, Matrix, Op, like
 from omnilora.core.store import Store, store_of
 from omnilora.errors import AttachError, NotExpressible
+
+if TYPE_CHECKING:
+    from omnilora.core.parameterization import Parameterization
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,8 @@ PLAIN, TURNED, FLAT, COLUMN = (
 @dataclass(eq=False)
 class Site:
     """A weight that can be adapted. ``fan_out``, ``fan_in``: rows and columns of its matrix; ``batch``: leading
-    dimensions (experts). ``peers``: all sites of the same adapter with the same parameterization, itself included."""
+    dimensions (experts). ``peers``: all sites of the same adapter with the same parameterization, itself included;
+    ``how``: that parameterization."""
 
     name: str
     layer: nn.Module
@@ -167,6 +171,7 @@ class Site:
     batch: tuple[int, ...] = ()
     region: tuple[int, int] | None = None  # rows of the output: a block of a fused projection
     peers: tuple[Site, ...] = field(default=(), repr=False)
+    how: Parameterization | None = field(default=None, repr=False)  # the form that is planned for it
     host: nn.Module | None = field(default=None, repr=False)  # the layer whose forward reads the tensor, if not ``layer``
 
     @property
@@ -244,7 +249,7 @@ class Base(Op):
 
     @property
     def offset(self) -> Tensor | None:
-        return self.layer._parameters.get("bias") if self.site.called and self.site.param == "weight" else None
+        return self.site.store.offset if self.site.called and self.site.param == "weight" else None
 
     @property
     def linear(self) -> Op:
@@ -331,9 +336,8 @@ PLACES: dict[str, Callable[[str, nn.Module], bool]] = {
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Linear in the sense of targets: also transposed storage and other libraries' quantized classes."""
-    names = {c.__name__ for c in type(layer).__mro__}
-    return isinstance(layer, nn.Linear) or bool(names & {"Conv1D", "GgufLinear", "QuantLinear", "HQQLinear"})
+    """Linear in the sense of targets: also transposed storage and layers whose store says so."""
+    return isinstance(layer, nn.Linear) or _is_conv1d(layer) or store_of(layer).linear
 
 
 def _is_conv1d(layer: nn.Module) -> bool:

@@ -16,13 +16,15 @@ from omnilora.core.layer import path_name
 from omnilora.core.method import Method
 from omnilora.core.op import Op
 from omnilora.core.parameterization import Leaf, Parameterization, Tensors, from_config, to_config
-from omnilora.core.site import Site, called_site, read_site, reader_of, source_site
+from omnilora.core.site import PLAIN, Site, called_site, read_site, reader_of, source_site
+from omnilora.core.store import store_named
 from omnilora.errors import AttachError, BaseMismatch, StateMismatch, nearest
 
 
 @dataclass(frozen=True, eq=False)
 class SiteState:
-    """One site: its parameterization, scale, tensors by nested name, and which of them are shared."""
+    """One site: its parameterization, scale, tensors by nested name, and which of them are shared. ``shape``: outputs and
+    inputs of its matrix; older files do not have it."""
 
     how: Parameterization
     kind: str
@@ -32,14 +34,25 @@ class SiteState:
     shared: Mapping[str, str] = field(default_factory=dict)  # nested name → key in AdapterState.shared
     region: tuple[int, int] | None = None
     marks: Mapping[str, Any] = field(default_factory=dict)
+    shape: tuple[int, int] | None = None
 
     def tensor(self, name: str, state: AdapterState) -> Tensor:
         return state.shared[self.shared[name]] if name in self.shared else self.tensors[name]
 
 
 @dataclass(frozen=True, eq=False)
+class Carried:
+    """A base weight that the original base does not give: the class of its store, what it says of itself, its tensors."""
+
+    store: str
+    said: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class AdapterState:
-    """A whole adapter. ``extra``: plain JSON data that belongs to it (label names, added tokens)."""
+    """A whole adapter. ``extra``: plain JSON data that belongs to it (label names, added tokens). ``carried``: base
+    weights that go with it, by layer."""
 
     method: str
     hyper: Mapping[str, Any]
@@ -47,20 +60,28 @@ class AdapterState:
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     base: Mapping[str, Fingerprint] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    carried: Mapping[str, Carried] = field(default_factory=dict)
 
     def flat(self) -> dict[str, Tensor]:
-        """All tensors once, by a stable name."""
+        """The adapter's tensors once, by a stable name."""
         out = {f"{site}::{name}": t for site, s in self.sites.items() for name, t in s.tensors.items()}
         return {**out, **{f"shared::{key}": t for key, t in self.shared.items()}}
+
+    def everything(self) -> dict[str, Tensor]:
+        """:meth:`flat`, and the tensors of carried weights."""
+        held = {f"carried::{path}::{name}": t for path, c in self.carried.items() for name, t in c.tensors.items()}
+        return {**self.flat(), **held}
 
     def content(self) -> str:
         """SHA-256 over names, shapes, dtypes, scales and bytes: the adapter's identity."""
         h = hashlib.sha256()
-        for name, t in sorted(self.flat().items()):
+        for name, t in sorted(self.everything().items()):
             h.update(f"{name}|{tuple(t.shape)}|{t.dtype}|".encode())
             h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         for name, s in sorted(self.sites.items()):
             h.update(f"{name}|{s.scale!r}|{to_config(s.how)!r}".encode())
+        for path, c in sorted(self.carried.items()):
+            h.update(f"{path}|{c.store}|{sorted(c.said.items())!r}".encode())
         return h.hexdigest()
 
     def numel(self) -> int:
@@ -94,14 +115,34 @@ def state(model: nn.Module, adapter: str | None = None, *, with_base: bool = Tru
                     tensors[key] = value
         marks = {k: v for k, v in slot.marks.items() if k != "optional"}
         sites[slot.site.name] = SiteState(slot.how, slot.site.kind, slot.scale, tensors, dict(slot.roles),
-                                          dict(slot.shared), slot.site.region, marks)  # fmt: skip
+                                          dict(slot.shared), slot.site.region, marks,
+                                          (slot.site.fan_out, slot.site.fan_in))  # fmt: skip
     base: dict[str, Fingerprint] = {}
     if with_base:
         for slot in slots(model, name):
             site = slot.site
             if site.param and not site.store.parameter.is_meta:
                 base.setdefault(f"{site.name.partition('[')[0]}", fingerprint(site))
-    return AdapterState(method.key, dict(method.hyper), sites, pool, base, dict(hub.values.get("extra", {}).get(name, {})))
+    carried = {s.site.name.partition("[")[0]: _carried(s.site) for s in slots(model, name)
+               if s.site.param and s.site.store.carried}  # fmt: skip
+    return AdapterState(method.key, dict(method.hyper), sites, pool, base,
+                        dict(hub.values.get("extra", {}).get(name, {})), carried)  # fmt: skip
+
+
+def _carried(site: Site) -> Carried:
+    store = site.store
+    tensors = {k: t.detach().cpu().clone() for k, t in store.tensors().items()}
+    return Carried(type(store).__name__, store.describe(), tensors)
+
+
+def carried_weights(state: AdapterState, layers: Mapping[str, nn.Module]) -> list[Callable[[], None]]:
+    """Check the carried weights of ``state`` against the model's layers; calling what comes back puts them there."""
+    out = []
+    for path, c in state.carried.items():
+        if path not in layers:
+            raise StateMismatch(f"The model has no layer at {path!r}.", nearest(path, layers))
+        out.append(store_named(c.store).restored(layers[path], c.said, c.tensors, state.base.get(path)))
+    return out
 
 
 def site_at(model: nn.Module, name: str, s: SiteState, layers: Mapping[str, nn.Module] | None = None) -> Site:
@@ -136,6 +177,7 @@ def load_state(model: nn.Module, state: AdapterState, name: str = "default", *, 
     _peers(plan)
     made = [None if isinstance(s.how, TiedUse) else _leaves(site, s, state)
             for (site, _), s in zip(plan, state.sites.values())]  # fmt: skip
+    weights = carried_weights(state, layers)
     report: dict[str, Any] = {"sites": len(plan), "parameters": state.numel(), "base": "unproven", "distance": None}
     if state.base and check_base:
         fresh = set(state.extra.get("fresh", ()))
@@ -151,6 +193,8 @@ def load_state(model: nn.Module, state: AdapterState, name: str = "default", *, 
 
     if state.method in entries():
         method = by_name(state.method, **{k: _back(v) for k, v in state.hyper.items()})
+    for put in weights:
+        put()
     placed = place(model, plan, made, name, method, {n: s.scale for n, s in state.sites.items()})
     for slot in slots(model, name):
         slot.marks.update(state.sites[slot.site.name].marks)
@@ -213,7 +257,7 @@ def delta(site: SiteState, state: AdapterState, W: Op | None = None) -> Op:
     from omnilora.core.context import Context
     from omnilora.core.parameterization import Slot
 
-    slot = Slot(site.how, None, site.scale, path_name("state"))  # type: ignore[arg-type]
+    slot = Slot(site.how, _alone(site, state), site.scale, path_name("state"))  # type: ignore[arg-type]
     leaves = Tensors()
     for name, role in site.roles.items():
         *path, last = name.split(".")
@@ -226,12 +270,22 @@ def delta(site: SiteState, state: AdapterState, W: Op | None = None) -> Op:
     return site.how.delta(slot, Context()) if W is None else site.how.adapt(W, slot, Context())
 
 
+def _alone(s: SiteState, state: AdapterState) -> Site | None:
+    """What forms ask of their site (name, kind, shape), where there is no model."""
+    if s.shape is None:
+        return None
+    name = next((n for n, other in state.sites.items() if other is s), "")
+    return Site(name, nn.Module(), "weight", s.kind, "other", *s.shape, PLAIN, region=s.region)
+
+
 def config_of(s: SiteState) -> dict[str, Any]:
     return {"how": to_config(s.how), "kind": s.kind, "scale": s.scale, "roles": dict(s.roles), "shared": dict(s.shared),
-            "region": list(s.region) if s.region else None, "marks": dict(s.marks)}  # fmt: skip
+            "region": list(s.region) if s.region else None, "marks": dict(s.marks),
+            **({"shape": list(s.shape)} if s.shape else {})}  # fmt: skip
 
 
 def site_from_config(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SiteState:
     region = tuple(data["region"]) if data.get("region") else None
     return SiteState(from_config(data["how"]), data["kind"], float(data["scale"]), tensors, dict(data["roles"]),
-                     dict(data.get("shared", {})), region, dict(data.get("marks", {})))  # type: ignore[arg-type]  # fmt: skip
+                     dict(data.get("shared", {})), region, dict(data.get("marks", {})),
+                     tuple(data["shape"]) if data.get("shape") else None)  # type: ignore[arg-type]  # fmt: skip

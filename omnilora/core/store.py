@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from omnilora.errors import NotMergeable
+from omnilora.errors import NotMergeable, StateMismatch, UnknownName, nearest
+
+if TYPE_CHECKING:
+    from omnilora.core.op import Op
+    from omnilora.core.site import Site
 
 
 class Store(ABC):
@@ -21,6 +26,7 @@ class Store(ABC):
 
     dense = False  # True: a plain tensor of the stored layout
     exact = True  # False: writing loses precision beyond the dtype's rounding (a quantizer)
+    linear = False  # layers with this store are linear layers, whatever their class
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         self.layer, self.name = layer, name
@@ -38,9 +44,46 @@ class Store(ABC):
     def write(self, value: Tensor) -> None:
         raise NotMergeable(f"{type(self.layer).__name__}.{self.name} cannot be written.", "Merge into a dense copy.")
 
+    def absorb(self, change: Op, site: Site) -> bool:
+        """Fold W + change in exactly where the store can, without rounding W again; False: it cannot, nothing moved."""
+        return False
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors themselves: what a fingerprint hashes and an unmerge restores."""
         return {self.name: self.parameter}
+
+    @property
+    def form(self) -> str:
+        """What the stored bytes are called in counts; "": each tensor's dtype."""
+        return ""
+
+    @property
+    def offset(self) -> Tensor | None:
+        """What the layer adds to its product, (out,)."""
+        value: Tensor | None = self.layer._parameters.get("bias")
+        return value
+
+    # -- weights that an adapter carries -------------------------------------------------------------------------------
+
+    @property
+    def carried(self) -> bool:
+        """Whether the original base does not give these tensors again: they are saved with every adapter on the layer."""
+        return False
+
+    @property
+    def origin(self) -> Any:
+        """The fingerprint of the original weight behind a carried one, where it is known."""
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data from which ``restored`` knows what the saved tensors mean."""
+        return {}
+
+    @classmethod
+    def restored(cls, layer: nn.Module, said: Mapping[str, Any], tensors: Mapping[str, Tensor],
+                 origin: Any = None) -> Callable[[], None]:  # fmt: skip
+        """Check saved tensors of this store against ``layer``; what comes back puts them there and cannot fail."""
+        raise StateMismatch(f"A {cls.__name__} cannot be restored from a file.", "The file is damaged or newer.")
 
     @property
     def parameter(self) -> Tensor:
@@ -68,9 +111,6 @@ class Dense(Store):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.parameter.shape)
 
-    def prepare(self) -> None:
-        """Called once before an adapter is put on the layer."""
-
     def write(self, value: Tensor) -> None:
         with torch.no_grad():
             self.parameter.copy_(value.to(self.parameter.dtype))
@@ -91,8 +131,18 @@ _imported = False
 def _import_backends() -> None:
     global _imported
     _imported = True
-    for module in ("omnilora.stores.nf4_layer", "omnilora.stores.foreign"):
+    for module in ("omnilora.stores.nf4_layer", "omnilora.stores.coded", "omnilora.stores.foreign"):
         importlib.import_module(module)
+
+
+def store_named(name: str) -> type[Store]:
+    """A registered store by the name of its class."""
+    if not _imported:
+        _import_backends()
+    known = {store.__name__: store for _, store in _backends}
+    if name not in known:
+        raise UnknownName(f"No store {name!r}.", nearest(name, known))
+    return known[name]
 
 
 def store_of(layer: nn.Module, name: str = "weight") -> Store:

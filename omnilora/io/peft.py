@@ -30,6 +30,9 @@ def to_peft(state: AdapterState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises: NotExpressible, naming the site and the reason. What a state from :func:`noted` knows of the model
     (kernel and groups of a convolution, transposed storage, tied embeddings) decides the doubtful cases.
     """
+    if state.carried:
+        raise NotExpressible(f"The adapter carries the weights of {len(state.carried)} base layers: without them it is wrong.",
+                             "Use omnilora's own format.")  # fmt: skip
     families = {f for s in state.sites.values() if (f := family_of(s.how)) != "own"} or {"LORA"}
     table = entries(state.sites, state)
     if len(families) > 1:

@@ -23,7 +23,7 @@ def facts(site: Site, paths: Iterable[str] = (), tied: bool = False) -> dict[str
     out: dict[str, Any] = {
         "shape": list(site.store.shape()),
         "turned": site.layout is TURNED and site.kind != "embedding",
-        "order": list(layer._parameters).index(site.param),
+        "order": (list(layer._parameters).index(site.param) if site.param in layer._parameters else 0),
         "holds": sorted(k for k in layer.state_dict() if not k.startswith("adapters.")),
     }
     if site.kind == "conv":

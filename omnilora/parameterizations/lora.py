@@ -13,51 +13,38 @@ from omnilora.core.context import Context
 from omnilora.core.full import Dense
 from omnilora.core.op import Dropout, Op, chain
 from omnilora.core.parameterization import (
-    Parameterization,
+    Factored,
     Slot,
     Tensors,
-    finite,
     input_side,
     kaiming,
     normal,
+    one_of,
     output_side,
-    positive_rank,
     zeros,
 )
 from omnilora.core.site import ConvGeometry, Site
-from omnilora.errors import BadValue, NotExpressible
+from omnilora.errors import NotExpressible
 
 
 @dataclass(frozen=True)
-class LoRA(Parameterization):
+class LoRA(Factored):
     """``scaling``: "alpha/r", "alpha/sqrt(r)" (rsLoRA) or "alpha". ``train``: which of "A", "B" learn.
 
     ``conv_layout`` "loralib": A (r·k, in·k), B (out/groups·k, r·k), ΔW the storage of B A re-read as the kernel.
     """
 
-    r: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
     scaling: str = "alpha/r"
     train: str = "AB"
     init_A: str = "kaiming"
     conv_layout: str = "peft"
 
     def check(self) -> None:
-        positive_rank(self.r)
-        finite(self.alpha, "alpha")
-        finite(self.dropout, "dropout", 0.0, 0.999)
-        for name, value, allowed in (
-            ("scaling", self.scaling, ("alpha/r", "alpha/sqrt(r)", "alpha")),
-            ("train", self.train, ("AB", "A", "B")),
-            ("init_A", self.init_A, ("kaiming", "gaussian", "orthonormal", "svd")),
-            ("conv_layout", self.conv_layout, ("peft", "loralib")),
-        ):
-            if value not in allowed:
-                raise BadValue(f"{name} = {value!r}.", f"Give one of {', '.join(allowed)}.")
-
-    def rank(self) -> int:
-        return self.r
+        super().check()
+        one_of(self.scaling, "scaling", "alpha/r", "alpha/sqrt(r)", "alpha")
+        one_of(self.train, "train", "AB", "A", "B")
+        one_of(self.init_A, "init_A", "kaiming", "gaussian", "orthonormal", "svd")
+        one_of(self.conv_layout, "conv_layout", "peft", "loralib")
 
     def first_scale(self, site: Site) -> float:
         return self.alpha / {"alpha/r": self.r, "alpha/sqrt(r)": math.sqrt(self.r), "alpha": 1.0}[self.scaling]

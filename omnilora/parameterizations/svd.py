@@ -8,36 +8,24 @@ from typing import Any
 from omnilora.core.context import Context
 from omnilora.core.op import Dropout, Op, chain
 from omnilora.core.parameterization import (
-    Parameterization,
+    Factored,
     Slot,
     Tensors,
     core,
-    finite,
     input_side,
     normal,
     output_side,
-    positive_rank,
     zeros,
 )
 from omnilora.core.site import Site
 
 
 @dataclass(frozen=True)
-class SVD(Parameterization):
+class SVD(Factored):
     """ΔW = (α/r) P diag(λ) Q with λ = 0 and P, Q ~ N(0, std²) at the start; r is the initial rank for good."""
 
     r: int = 12
-    alpha: float = 16.0
-    dropout: float = 0.0
     std: float = 0.02
-
-    def check(self) -> None:
-        positive_rank(self.r)
-        finite(self.alpha, "alpha")
-        finite(self.dropout, "dropout", 0.0, 0.999)
-
-    def rank(self) -> int:
-        return self.r
 
     def first_scale(self, site: Site) -> float:
         return self.alpha / (self.r + 1e-5)

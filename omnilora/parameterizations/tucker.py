@@ -8,43 +8,30 @@ from typing import Any
 from omnilora.core.context import Context
 from omnilora.core.op import Dropout, Op, chain
 from omnilora.core.parameterization import (
-    Parameterization,
+    Factored,
     Slot,
     Tensors,
     core,
-    finite,
     input_side,
     normal,
+    one_of,
     output_side,
-    positive_rank,
     shared,
     zeros,
 )
 from omnilora.core.site import Site
-from omnilora.errors import BadValue
 
 
 @dataclass(frozen=True)
-class Tucker(Parameterization):
+class Tucker(Factored):
     """A (r, in) and B (out, r) ~ N(0, 1), tied over sites of one "shape" or one "type"; G (r, r) private, zero at first."""
 
-    r: int = 8
     alpha: float = 1.0
-    dropout: float = 0.0
     group: str = "shape"
 
     def check(self) -> None:
-        positive_rank(self.r)
-        finite(self.alpha, "alpha")
-        finite(self.dropout, "dropout", 0.0, 0.999)
-        if self.group not in ("shape", "type"):
-            raise BadValue(f"group = {self.group!r}.", "Give 'shape' or 'type'.")
-
-    def rank(self) -> int:
-        return self.r
-
-    def first_scale(self, site: Site) -> float:
-        return self.alpha / self.r
+        super().check()
+        one_of(self.group, "group", "shape", "type")
 
     def init(self, site: Site, seen: Any = None) -> Tensors:
         key = f"{site.fan_out}x{site.fan_in}"

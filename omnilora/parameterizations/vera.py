@@ -17,6 +17,7 @@ from torch import Tensor
 from omnilora.core.context import Context
 from omnilora.core.op import Dropout, Op, chain
 from omnilora.core.parameterization import (
+    Factored,
     Parameterization,
     Slot,
     Tensors,
@@ -25,6 +26,7 @@ from omnilora.core.parameterization import (
     input_side,
     kaiming,
     magnitude,
+    one_of,
     output_side,
     positive_rank,
     shared,
@@ -82,34 +84,23 @@ class VeRA(Parameterization):
 
 
 @dataclass(frozen=True)
-class TiedLoRA(Parameterization):
+class TiedLoRA(Factored):
     """``train``: which of A, B (tied), u (r,), v (out,) (private) learn; frozen vectors are 1.
 
     ``group``: sites of one "shape" share A and B, or of one "type" (the last component of their names).
     """
 
-    r: int = 8
     alpha: float = 8.0
-    dropout: float = 0.0
     train: str = "ABuv"
     group: str = "shape"
 
     def check(self) -> None:
-        positive_rank(self.r)
-        finite(self.alpha, "alpha")
-        finite(self.dropout, "dropout", 0.0, 0.999)
+        super().check()
         if not self.train or set(self.train) - set("ABuv"):
             raise BadValue(f"train = {self.train!r}.", "Name some of the letters A, B, u, v.")
-        if self.group not in ("shape", "type"):
-            raise BadValue(f"group = {self.group!r}.", "Give 'shape' or 'type'.")
+        one_of(self.group, "group", "shape", "type")
         if not set(self.train) & set("Bv"):
             raise BadValue(f"train = {self.train!r}: nothing that starts at zero learns.", "Train B or v.")
-
-    def rank(self) -> int:
-        return self.r
-
-    def first_scale(self, site: Site) -> float:
-        return self.alpha / self.r
 
     def frozen(self) -> frozenset[str]:
         return frozenset("ABuv") - frozenset(self.train)

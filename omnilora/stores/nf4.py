@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from typing import Any
@@ -152,6 +152,8 @@ def quantize(w: Tensor, blocksize: int = 64, quant_type: str = "nf4", double: bo
     if w.dtype not in (*DTYPES.values(), torch.float64) or not w.numel():
         raise BadValue(f"A tensor {tuple(w.shape)} of {w.dtype} cannot be quantized.", "Give floats, at least one.")
     levels = codebook(quant_type).to(w.device)
+    if w.is_meta:
+        return _unfilled(w, blocksize, quant_type, double)
     ascending, order = levels.sort(stable=True)
     edges, order = (ascending[:-1] + ascending[1:]) / 2, order.to(torch.uint8)
     codes, tops = [], []
@@ -166,6 +168,17 @@ def quantize(w: Tensor, blocksize: int = 64, quant_type: str = "nf4", double: bo
     dtype = torch.float32 if w.dtype == torch.float64 else w.dtype
     packed = Packed(torch.cat(codes)[:, None], absmax, tuple(w.shape), dtype, quant_type, blocksize)
     return _doubled(packed) if double else packed
+
+
+def _unfilled(w: Tensor, blocksize: int, quant_type: str, double: bool) -> Packed:
+    """What :func:`quantize` gives, by shapes alone, on the meta device."""
+    blocks = -(-w.numel() // blocksize)
+    codes = w.new_empty((-(-w.numel() // 2), 1), dtype=torch.uint8)
+    dtype = torch.float32 if w.dtype == torch.float64 else w.dtype
+    scale = w.new_empty(blocks, dtype=torch.uint8 if double else torch.float32)
+    packed = Packed(codes, scale, tuple(w.shape), dtype, quant_type, blocksize)
+    f32 = [w.new_empty(n, dtype=torch.float32) for n in ((-(-blocks // NESTED),), (256,), ())]
+    return replace(packed, nested_absmax=f32[0], nested_map=f32[1], offset=f32[2]) if double else packed
 
 
 def _scaled(flat: Tensor, size: int) -> tuple[Tensor, Tensor]:

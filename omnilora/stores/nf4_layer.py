@@ -9,52 +9,28 @@ has bitsandbytes' names and bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnilora.core.site import role_of
 from omnilora.core.store import Store, register
-from omnilora.core.targets import matches
-from omnilora.errors import AttachError, TargetError, nearest
+from omnilora.stores.codecs import Codec, named
+from omnilora.stores.coded import quantize_with
 from omnilora.stores.nf4 import Packed, from_bnb_state, to_bnb_state
 from omnilora.stores.nf4 import quantize as pack
+from omnilora.stores.quantized_layer import Quantized, QuantizedLinear, dense_layers
 
 
-class _Product(torch.autograd.Function):
-    """x dq(Ŵ)ᵀ that dequantizes again in the backward pass instead of keeping the dense weight."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: FourBitLinear) -> Tensor:
-        ctx.layer, ctx.dtype = layer, x.dtype
-        return F.linear(x, layer.dequantized(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g @ ctx.layer.dequantized(ctx.dtype), None
-
-
-class FourBitLinear(nn.Linear):
+class FourBitLinear(QuantizedLinear):
     """nn.Linear with ``weight`` holding packed codes (n/2, 1) uint8 and ``packed`` the rest of the quantizer's state."""
 
     packed: Packed
-    compute_dtype: torch.dtype
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """dq(Ŵ) (out, in)."""
         return replace(self.packed, codes=self.weight.data).dequantize(dtype or self.compute_dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not x.requires_grad:
-            y = F.linear(x, self.dequantized(x.dtype))
-        else:
-            y = _Product.apply(x, self)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FourBitLinear:
         super()._apply(fn, recurse)
@@ -119,58 +95,44 @@ class FourBit(Store):
     def dtype(self) -> torch.dtype:
         return self.layer.compute_dtype
 
+    @property
+    def form(self) -> str:
+        return self.layer.packed.quant_type
+
 
 register(_holds_four_bits, FourBit)
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """What :func:`quantize` did. ``before``, ``after``: bytes of the quantized layers' weights."""
-
-    layers: int
-    parameters: int
-    before: int
-    after: int
-
-    @property
-    def bits(self) -> float:
-        return 8 * self.after / max(self.parameters, 1)
-
-
 def quantize(
     model: nn.Module,
-    quant_type: str = "nf4",
+    quant_type: str | Codec = "nf4",
     *,
-    blocksize: int = 64,
+    blocksize: int | None = None,
     double: bool = True,
     exclude: Sequence[str] = (),
 ) -> Quantized:
-    """Hold every linear weight of ``model`` in 4 bits, in place, but those of the head, routers and ``exclude``.
+    """Hold every linear weight of ``model`` in few bits, in place, but those of the head, routers and ``exclude``.
 
     Args:
-        quant_type: "nf4" or "fp4" (codebook by block of ``blocksize``).
-        double: quantize the block scales too (4.127 instead of 4.5 bits a weight).
+        quant_type: "nf4" or "fp4" (codebook by block, in bitsandbytes' bytes); another name of
+            :func:`omnilora.stores.codecs.named` ("nf3", "int4", "mxint4" …), or a codec.
+        blocksize: weights that share a scale; default 64 (integers: 32, mxint: 16).
+        double: quantize the block scales too (nf4 and fp4: 4.127 instead of 4.5 bits a weight).
         exclude: patterns as in targets.
 
     Raises: :class:`AttachError` on an adapted model, :class:`TargetError` where nothing is linear.
     """
-    if "_omnilora" in vars(model):
-        raise AttachError("The model has adapters.", "Quantize first, then adapt.")
-    chosen = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear
-              and role_of(n, m) not in ("head", "router") and not any(matches(p, n, m) for p in exclude)]  # fmt: skip
-    if not chosen:
-        linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        raise TargetError("No plain linear layer is left to quantize.", nearest("linear", linear))
-    tied = {id(p) for n, m in model.named_modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    if quant_type not in ("nf4", "fp4"):
+        return quantize_with(model, quant_type if isinstance(quant_type, Codec) else named(quant_type, blocksize), exclude)
+    assert isinstance(quant_type, str)
     count = before = after = done = 0
-    for _, layer in chosen:
-        if id(layer.weight) in tied:
-            continue
+    for _, layer in dense_layers(model, exclude):
         weight = layer.weight.data
-        packed = pack(weight.contiguous(), blocksize, quant_type, double)
+        packed = pack(weight.contiguous(), blocksize or 64, quant_type, double)
         count, before, done = count + weight.numel(), before + weight.nbytes, done + 1
-        layer.__class__ = FourBitLinear
-        layer.compute_dtype, layer.packed = weight.dtype, packed
-        layer.weight = nn.Parameter(packed.codes, requires_grad=False)
+        made: Any = layer
+        made.__class__ = FourBitLinear
+        made.compute_dtype, made.packed = weight.dtype, packed
+        made.weight = nn.Parameter(packed.codes, requires_grad=False)
         after += sum(t.nbytes for t in FourBit(layer, "weight").tensors().values())
     return Quantized(done, count, before, after)

@@ -126,24 +126,50 @@ def train_factors(lin: Linearized, y: Tensor, r: int, lam: float, loss: str = "s
         return {n: B[n] @ A[n] for n in A}, float(fit() + penalty())
 
 
-def nuclear_optimum(lin: Linearized, y: Tensor, lam: float, loss: str = "squares", steps: int = 3000) -> tuple[Deltas, float]:
-    """The global optimum of the convex form by accelerated proximal gradient: (ΔW by name, the objective)."""
+def nuclear_optimum(lin: Linearized, y: Tensor, lam: float, loss: str = "squares", steps: int = 3000,
+                    tolerance: float = 1e-10) -> tuple[Deltas, float]:  # fmt: skip
+    """The global optimum of the convex form by accelerated proximal gradient with restarts: (ΔW by name, the objective).
+
+    Ends when twenty steps lower the objective by less than ``tolerance``, relative.
+    """
     f = loss_of(loss)
     D = {n: torch.zeros(t.shape[-2:], dtype=torch.float64) for n, t in lin.G.items()}
-    look, momentum = dict(D), 1.0
+    look, momentum, before = dict(D), 1.0, float("inf")
+
+    def objective() -> float:
+        return float(f(lin(D), y)) + lam * sum(float(torch.linalg.svdvals(d).sum()) for d in D.values())
+
     flat = torch.cat([t.flatten(2) for t in lin.G.values()], -1).flatten(0, 1)  # (N K, numbers)
     step = 1.0 / float(torch.linalg.matrix_norm(flat, 2) ** 2 / lin.shape[0])
-    for _ in range(steps):
+    for count in range(steps):
         at = {n: t.clone().requires_grad_(True) for n, t in look.items()}
         slope = torch.autograd.grad(f(lin(at), y), list(at.values()))
         new = {n: shrink(t - step * s, step * lam) for (n, t), s in zip(look.items(), slope)}
         nxt = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         look = {n: new[n] + (momentum - 1) / nxt * (new[n] - D[n]) for n in new}
-        done = max(float((new[n] - D[n]).abs().max()) for n in new) < 1e-13
-        D, momentum = new, nxt
-        if done:
-            break
-    return D, float(f(lin(D), y)) + lam * sum(float(torch.linalg.svdvals(d).sum()) for d in D.values())
+        backwards = sum(float(((look[n] - new[n]) * (new[n] - D[n])).sum()) for n in new) > 0
+        D, momentum = new, 1.0 if backwards else nxt
+        if count % 20 == 19:
+            now = objective()
+            if before - now < tolerance * abs(now):
+                break
+            before = now
+    return D, objective()
+
+
+def certificate(lin: Linearized, deltas: Mapping[str, Tensor], y: Tensor, lam: float, loss: str = "squares") -> float:
+    """How far F(ΔW) = fit + λ‖ΔW‖_* can lie above its global minimum, at the most.
+
+    With S = ∇fit(ΔW) and ‖V‖_* ≤ F(ΔW)/λ for every better V:  F(ΔW) − min F ≤ λ‖ΔW‖_* + ⟨S, ΔW⟩ + F(ΔW)/λ · max(‖S‖₂ − λ, 0)
+    """
+    f = loss_of(loss)
+    at = {n: t.detach().clone().requires_grad_(True) for n, t in deltas.items()}
+    fit = f(lin(at), y)
+    slopes = dict(zip(at, torch.autograd.grad(fit, list(at.values()))))
+    size = sum(float(torch.linalg.svdvals(d.detach()).sum()) for d in at.values())
+    along = sum(float((slopes[n] * at[n].detach()).sum()) for n in at)
+    steepest = max(float(torch.linalg.matrix_norm(s, 2)) for s in slopes.values())
+    return lam * size + along + (float(fit.detach()) / lam + size) * max(steepest - lam, 0.0)
 
 
 def shrink(m: Tensor, by: float) -> Tensor:
@@ -153,9 +179,10 @@ def shrink(m: Tensor, by: float) -> Tensor:
 
 
 def numerical_rank(deltas: Mapping[str, Tensor], tolerance: float = 1e-5) -> int:
-    """The largest rank among the changes, relative to the largest singular value of each."""
-    ranks = [int((s > tolerance * s[0]).sum()) if float(s[0]) > 0 else 0 for s in map(torch.linalg.svdvals, deltas.values())]
-    return max(ranks)
+    """The largest rank among the changes, relative to the largest singular value of all; what is below 1e-7 is zero."""
+    values = [torch.linalg.svdvals(d) for d in deltas.values()]
+    least = max(tolerance * max(float(s[0]) for s in values), 1e-7)
+    return max(int((s > least).sum()) for s in values)
 
 
 @dataclass(frozen=True)
@@ -165,7 +192,8 @@ class Study:
     inputs: int
     outputs: int
     bound: int  # r*(r*+1)/2 ≤ KN
-    optimum: float
+    optimum: float  # the best objective found at a sufficient rank …
+    certified_gap: float  # … and how far above the global minimum it can lie, at the most
     optimum_rank: int
     objectives: Mapping[int, tuple[float, ...]]  # rank → the objective from each seed
     gap: float  # ‖f(W + ΔW) − linearized‖ / ‖linearized − f₀‖, of the optimum
@@ -174,26 +202,32 @@ class Study:
     def bound_holds(self) -> bool:
         return self.optimum_rank <= self.bound
 
-    def reaches(self, rank: int, tolerance: float = 1e-4) -> bool:
-        """Whether every seed of ``rank`` ends at the global optimum."""
+    def reaches(self, rank: int, tolerance: float = 1e-3) -> bool:
+        """Whether every seed of ``rank`` ends within ``tolerance`` of the optimum, relative."""
         return all(v <= self.optimum * (1 + tolerance) for v in self.objectives[rank])
 
 
 def study(model: nn.Module, names: Sequence[str], inputs: Sequence[object], y: Tensor, lam: float = 0.05, loss: str = "squares",
           ranks: Sequence[int] | None = None, seeds: int = 3,
           outputs: Callable[[Callable[[object], object], object], Tensor] | None = None) -> Study:  # fmt: skip
-    """Linearize a small model and compare gradient descent on the factors with the convex optimum, rank by rank.
+    """Linearize a small model and compare where descent on the factors ends with the global optimum, rank by rank.
 
-    ``ranks``: default 1, the bound's rank and the least sufficient one (where the matrices allow it).
+    The optimum is the best end of a sufficient rank; its :func:`certificate` bounds the distance to the global minimum.
+
+    Args:
+        ranks: tried besides the least sufficient one; default: 1.
     """
     lin = linearize(model, names, inputs, outputs)
     n, k = lin.shape
     most = min(min(t.shape[-2:]) for t in lin.G.values())
-    tried = sorted({min(r, most) for r in (ranks or (1, rank_bound(n, k), sufficient_rank(n, k)))})
+    enough = min(sufficient_rank(n, k), most)
     target = y.double() if y.is_floating_point() else y
-    best, value = nuclear_optimum(lin, target, lam, loss)
-    found = {r: tuple(train_factors(lin, target, r, lam, loss, seed)[1] for seed in range(seeds)) for r in tried}
-    return Study(n, k, rank_bound(n, k), value, numerical_rank(best), found, _gap(model, lin, best, inputs, outputs))
+    ends = {r: [train_factors(lin, target, r, lam, loss, seed) for seed in range(seeds)]
+            for r in sorted({min(r, most) for r in (*(ranks or (1,)), enough)})}  # fmt: skip
+    best, value = min(ends[enough], key=lambda end: end[1])
+    found = {r: tuple(v for _, v in all_seeds) for r, all_seeds in ends.items()}
+    return Study(n, k, rank_bound(n, k), value, certificate(lin, best, target, lam, loss), numerical_rank(best, 1e-3), found,
+                 _gap(model, lin, best, inputs, outputs))  # fmt: skip
 
 
 def _gap(model: nn.Module, lin: Linearized, deltas: Deltas, inputs: Sequence[object],

@@ -40,7 +40,8 @@ def study_job(job: Any, lam: float, rows: int, seeds: int, matrices: str, loss: 
     n, k = found.inputs, found.outputs
     report: dict[str, Any] = {
         "matrices": chosen, "inputs": n, "outputs": k, "rank_bound": rank_bound(n, k), "sufficient_rank": sufficient_rank(n, k),
-        "optimum": found.optimum, "optimum_rank": found.optimum_rank, "bound_holds": found.bound_holds,
+        "optimum": found.optimum, "certified_gap": found.certified_gap,
+        "optimum_rank": found.optimum_rank, "bound_holds": found.bound_holds,
         "distance_of_the_network_from_its_linearization": found.gap}  # fmt: skip
     for rank, values in found.objectives.items():
         report[f"rank_{rank}_objectives"] = list(values)

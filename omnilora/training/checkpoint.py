@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from omnilora.core import files
 from omnilora.core.attach import TiedUse, hub_of, slots
 from omnilora.core.run import Run
-from omnilora.core.state import state
+from omnilora.core.state import carried_weights, state
 from omnilora.errors import FileRefused, RunError, StateMismatch
 
 TENSORS, TRAINER = "optimizer.safetensors", "trainer.json"
@@ -158,7 +158,7 @@ def save(home: str | os.PathLike[str], run: Run, progress: Mapping[str, Any], ra
         "learning": {key: p.requires_grad for key, p in parameters.items()},
     }, "", tensors)  # fmt: skip
     content = {
-        files.NATIVE: encode(files._ordered(value.flat())),
+        files.NATIVE: encode(files._ordered(value.everything())),
         files.MANIFEST: files._json(files.manifest(value, files.NATIVE)),
         TENSORS: encode(files._ordered(tensors)),
         TRAINER: files._json({"format": 1, "body": body}),
@@ -191,7 +191,10 @@ def load(path: str | os.PathLike[str], run: Run) -> tuple[dict[str, Any], list[d
         raise FileRefused(f"{TRAINER} breaks the format: {type(error).__name__} {error}.") from error
     saved_run, optimizer, scheduler, learning, progress, randoms = parts
     parameters = named(run.model, run.adapter)
+    weights = carried_weights(value, dict(run.model.named_modules()))
     load_adapter(run, value.flat(), value)
+    for put in weights:
+        put()
     for key, p in parameters.items():
         p.requires_grad_(learning[key])
     run.load_state_dict(saved_run)

@@ -15,6 +15,7 @@ from typing import Any
 from omnilora.errors import BadValue, UnknownName, nearest, need
 
 TASKS = ("causal-lm", "classification", "embedding")
+OPTIMIZERS = ("adamw", "paged_adamw", "adam", "sgd", "adagrad", "rmsprop")
 SCHEDULES = ("cosine", "linear", "constant")
 METRICS = {"causal-lm": ("loss", "perplexity"), "classification": ("loss", "accuracy", "macro_f1"),
            "embedding": ("loss", "accuracy")}  # fmt: skip
@@ -58,6 +59,7 @@ class TrainConfig:
     schedule: str = "cosine"  # "cosine", "linear" or "constant"
     warmup: float = 0.05  # below 1: fraction of the run; from 1 on: updates
     weight_decay: float = 0.0  # of AdamW
+    optimizer: str = "adamw"  # "adamw", "paged_adamw" (moments in a mapped file), "adam", "sgd" …; a method's own wins
     clip: float | None = 1.0  # largest norm of the gradient; None: not clipped
     seed: int = 0  # of initialization, order of the data and dropout
     dtype: str = "auto"  # of the base: "auto" (bf16 where the processor computes in it), "fp32", "bf16", "fp16"
@@ -89,6 +91,7 @@ class TrainConfig:
     def _ranges(self) -> None:
         _one_of(self, "task", TASKS)
         _one_of(self, "schedule", SCHEDULES)
+        _one_of(self, "optimizer", OPTIMIZERS)
         _one_of(self, "dtype", ("auto", "fp32", "bf16", "fp16"))
         for name in ("batch_size", "accumulate", "keep", "log_every"):
             _least(self, name, 1)

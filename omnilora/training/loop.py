@@ -15,6 +15,7 @@ from torch import nn
 from omnilora.core.attach import checkpoint_context, hub_of, slots
 from omnilora.core.run import Run, _the_adapter, param_groups, start, trainable, wrapped_optimizer
 from omnilora.errors import BadValue, RunError, UnknownName, nearest, need
+from omnilora.optim.paged import PagedAdamW
 from omnilora.training import checkpoint
 from omnilora.training.batches import Feed, to_device, token_count
 from omnilora.training.config import LOWER_IS_BETTER, TrainConfig
@@ -22,7 +23,7 @@ from omnilora.training.losses import Task, evaluate_feed, quiet_norms
 from omnilora.training.report import FitReport, Progress, flat, make_accelerator
 
 SMALL = 500_000_000
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD,
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "paged_adamw": PagedAdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD,
               "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}  # fmt: skip
 
 
@@ -118,7 +119,7 @@ class Loop:
         config = self.config
         groups = param_groups(self.model, self.lr, config.weight_decay, self.adapter)
         options = dict(run.method.optimizer)
-        name = str(options.pop("name", "adamw")).lower()
+        name = str(options.pop("name", None) or config.optimizer).lower()
         if name not in OPTIMIZERS:
             raise UnknownName(f"No optimizer {name!r}.", nearest(name, OPTIMIZERS))
         optimizer = wrapped_optimizer(run, groups, lambda p: OPTIMIZERS[name](p, **options))

@@ -264,7 +264,8 @@ def load_trained(output: str | Path, *, adapter: bool = True, **changes: Any) ->
     state = load_file(home / "adapter")
     model, tokenizer = load_model(config, state.extra.get("labels"))
     set_template(tokenizer, config.template)
-    if state.method in entries() and (hold := method(state.method, **dict(state.hyper)).store) is not None:
+    hold = None if state.carried or state.method not in entries() else method(state.method, **dict(state.hyper)).store
+    if hold is not None:
         hold(model, [site_at(model, name, s) for name, s in state.sites.items()])
     if adapter:
         load(model, home / "adapter")

@@ -10,6 +10,7 @@ from omnilora import proofs
 from omnilora.core.method import Card, Claim, Method
 from omnilora.theory.ntk import (
     Linearized,
+    certificate,
     linearize,
     nuclear_optimum,
     numerical_rank,
@@ -29,9 +30,14 @@ CARD = Card(
     arxiv="2402.11867",
     venue="ICML 2024",
     tags=frozenset({"applies"}),
-    defaults={"lam": 0.05, "seeds": 3},
+    defaults={"lam": 1e-3, "rows": 8, "seeds": 2},
     cases=(),
     command="omnilora apply --method lora_ntk --model package:minilm --task classification --data rows.jsonl --output runs/ntk",
+    agreement=(
+        "Run on MiniLM with a fresh head, 8 docstrings of 6 classes, query and value of the last layer, λ = 1e-3 (80 s on one "
+        "core): the optimum 0.16021 has rank 5, the bound says at most 9; rank 10 reaches it from both starts (certified to "
+        "1.3e-7), rank 1 ends at 0.17783. The real network is 0.92 of the change away from its linearization there.",
+    ),
     differs=(
         "The official weight decay and nuclear-norm step rebind a loop variable and change nothing: its runs are not "
         "regularized. Here the regularizer is a term of the loss.",
@@ -44,7 +50,7 @@ CARD = Card(
 )
 
 
-def lora_ntk(lam: float = 0.05, rows: int = 12, seeds: int = 3, matrices: str = "last", loss: str = "cross-entropy") -> Method:
+def lora_ntk(lam: float = 1e-3, rows: int = 8, seeds: int = 2, matrices: str = "last", loss: str = "cross-entropy") -> Method:
     """``rows``: examples of the data; ``lam``: λ; ``matrices``: "last" for query and value of the last layer, or an
     expression of parameter paths; ``seeds``: starts of each rank."""
 
@@ -67,7 +73,8 @@ def _no_spurious(broken: bool) -> float:
     """The worst objective of four seeds over the convex optimum at rank 5, 5·6/2 > 10 (broken: rank 1)."""
     lin, y = _problem()
     assert (rank_bound(10, 1), sufficient_rank(10, 1), sufficient_rank(32, 1)) == (4, 5, 8)
-    _, best = nuclear_optimum(lin, y, 0.05)
+    D, best = nuclear_optimum(lin, y, 0.05)
+    assert certificate(lin, D, y, 0.05) < 1e-4 * best
     return max(train_factors(lin, y, 1 if broken else 5, 0.05, seed=s)[1] for s in range(4)) / best
 
 

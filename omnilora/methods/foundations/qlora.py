@@ -9,8 +9,10 @@ from omnilora import proofs
 from omnilora.core.attach import find_hub
 from omnilora.core.method import Card, Claim, Method
 from omnilora.core.site import Site
+from omnilora.errors import BadValue
 from omnilora.parameterizations.lora import LoRA
-from omnilora.stores.nf4_layer import FourBitLinear, quantize
+from omnilora.stores.nf4_layer import quantize
+from omnilora.stores.quantized_layer import QuantizedLinear
 
 CARD = Card(
     key="qlora",
@@ -22,7 +24,7 @@ CARD = Card(
     arxiv="2305.14314",
     venue="NeurIPS 2023",
     tags=frozenset({"zero_at_init", "mergeable", "low_rank", "additive", "quantized", "trains_lm", "rows"}),
-    defaults={"r": 64, "alpha": 16.0, "dropout": 0.0, "quant_type": "nf4", "double": True},
+    defaults={"r": 64, "alpha": 16.0, "dropout": 0.0, "quant_type": "nf4", "double": True, "paged": False},
     cases=({"r": 3, "alpha": 5.0},),
     agreement=("bitsandbytes 0.50.2: codes, scales, maps and JSON bit for bit (tests/test_nf4.py).",),
     differs=(
@@ -31,22 +33,30 @@ CARD = Card(
         "At the start the model equals the quantized base, not the original one.",
     ),
     limits=(
+        "Measured on SmolLM2-135M: its 210 matrices take 212,336,640 bytes in bf16 and 54,985,080 in NF4 (79,626,240 as integers "
+        "in groups of 32). LoRA r = 8 for 60 updates of 4 questions (demo, seed 0), loss on 16 held-out ones: dense 0.814 to "
+        "0.0750, NF4 1.084 to 0.0747.",
         "On a CPU every forward dequantizes the weight: less memory, more time.",
-        "The paged optimizer is not written yet.",
+        "Paging is by the system's page cache: with paged=True the optimizer's moments lie in a mapped file.",
         "Merging gives a dense copy of each layer; merge(requantize=True) writes 4 bits and reports the loss.",
     ),
 )
 
 
 def qlora(r: int = 64, alpha: float = 16.0, dropout: float = 0.0, quant_type: str = "nf4", double: bool = True,
-          blocksize: int = 64) -> Method:  # fmt: skip
-    """LoRA over a 4-bit base. ``ol.adapt`` quantizes the linear layers of a dense model first, in place."""
+          blocksize: int = 64, paged: bool = False) -> Method:  # fmt: skip
+    """LoRA over a 4-bit base. ``ol.adapt`` quantizes the linear layers of a dense model first, in place.
+
+    ``paged``: the optimizer's moments lie in a mapped file and are streamed, a parameter at a time.
+    """
+    if not isinstance(paged, bool):
+        raise BadValue(f"paged = {paged!r}.", "Give True or False.")
 
     def hold(model: nn.Module, sites: Sequence[Site]) -> None:
-        if find_hub(model) is None and not any(isinstance(m, FourBitLinear) for m in model.modules()):
+        if find_hub(model) is None and not any(isinstance(m, QuantizedLinear) for m in model.modules()):
             quantize(model, quant_type, blocksize=blocksize, double=double)
 
-    return Method("qlora", LoRA(r, alpha, dropout), store=hold)
+    return Method("qlora", LoRA(r, alpha, dropout), store=hold, optimizer={"name": "paged_adamw"} if paged else {})
 
 
 def _error(broken: bool) -> float:

@@ -30,6 +30,8 @@ CARD = Card(
         "Folds happen one update after the multiple of K, as in the official code.",
     ),
     limits=(
+        "Pruning each moment by its own magnitude can keep a first moment whose second is gone: a two-layer toy at a rate of "
+        "1e-2 with a warm-up of two updates diverged; reset='zero' did not.",
         "The full-rank warm start is ordinary training before the adapter is put on.",
         "The accumulator holds one dense fp32 matrix for each site.",
     ),
