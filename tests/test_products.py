@@ -108,9 +108,13 @@ def test_adalora_budget_on_a_4_bit_base():
         assert torch.equal(v, base_state_dict(model)[k])
 
 
-def test_pruned_rows_on_a_4_bit_base():
-    model = stack()
-    proofs.train(model, Method("x", LoRA(4, 8.0), (PruneA(every=2, share=0.5),)), batch(), 6)
+@pytest.mark.parametrize("base", ["qlora", "qa_lora"])
+def test_pruned_rows_on_a_quantized_base(base):
+    """NF4, and integers in groups."""
+    model = stack(16)
+    made = Method("x", LoRA(4, 8.0), (PruneA(every=2, share=0.5),), store=ol.method(base).store)
+    proofs.train(model, made, batch(), 6)
+    assert not any(s.site.store.dense for s in ol.slots(model))
     assert all(bool(((s.A == 0).sum(-1) == 32).all()) for s in ol.slots(model))
 
 
