@@ -21,7 +21,7 @@ from omnilora.training.losses import model_inputs
 from omnilora.training.report import shown
 
 
-def posterior_of(job: Any, kfac_rank: int | None, prior: float | str, predictive: str, samples: int, layers: str | None,
+def posterior_of(job: Any, kfac_rank: int | None, prior: float | str, predictive: Sequence[str], samples: int, layers: str | None,
                  answers: Sequence[str] | None, bins: int) -> Mapping[str, Any]:  # fmt: skip
     """Fit the posterior on the job's rows, save it, and compare MAP and posterior on the held-out rows."""
     if job.adapter is None:
@@ -43,7 +43,8 @@ def posterior_of(job: Any, kfac_rank: int | None, prior: float | str, predictive
     held = job.batches(held=True)
     f, S = predict(model, mine, posterior, shown(held, "predictions"), logits)
     y = torch.cat([labels(b) for b in held])
-    ways = {"map": torch.softmax(f, -1), predictive: probabilities(f, S, predictive, samples, job.config.seed)}
+    ways = {"map": torch.softmax(f, -1)}
+    ways |= {way: probabilities(f, S, way, samples, job.config.seed) for way in predictive}
     for name, p in ways.items():
         report |= {f"{name}_{k}": v for k, v in scores(p, y, bins).items()}
     report["mean_variance"] = float(S.diagonal(dim1=-2, dim2=-1).mean())
