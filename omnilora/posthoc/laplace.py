@@ -130,14 +130,24 @@ def fit(model: nn.Module, slots: Sequence[Slot], batches: Iterable[Any], logits:
 def predict(model: nn.Module, slots: Sequence[Slot], posterior: Posterior, batches: Iterable[Any],
             logits: Logits) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(mean (N, C), covariance (N, C, C)) of the logits under the linearized model, fp64."""
-    theta = chosen(slots, lambda name: name in posterior.blocks)
-    fitting(posterior, theta)
-    means, spreads = [], []
+    f, (S,) = predictions(model, slots, [posterior], batches, logits)
+    return f, S
+
+
+def predictions(model: nn.Module, slots: Sequence[Slot], posteriors: Sequence[Posterior], batches: Iterable[Any],
+                logits: Logits) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """(mean, the covariance of each posterior); they differ in λ."""
+    first = posteriors[0]
+    theta = chosen(slots, lambda name: name in first.blocks)
+    fitting(first, theta)
+    means: list[Tensor] = []
+    spreads: list[list[Tensor]] = [[] for _ in posteriors]
     for batch, f, tape in _forwards(model, slots, batches, logits, theta):
         J = jacobians(tape, f, _mask(batch))
-        spreads.append(posterior.covariance(J))
+        for held, posterior in zip(spreads, posteriors):
+            held.append(posterior.covariance(J))
         means.append(f.detach().double())
-    return torch.cat(means), torch.cat(spreads)
+    return torch.cat(means), [torch.cat(held) for held in spreads]
 
 
 def jacobians(tape: Tape, f: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:

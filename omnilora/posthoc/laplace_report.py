@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from omnilora.core.attach import slots
+from omnilora.core.parameterization import Slot
 from omnilora.core.state import state
 from omnilora.errors import BadValue
 from omnilora.posthoc.calibration import diagram, reliability, scores
-from omnilora.posthoc.laplace import Logits, chosen, fit, predict, probabilities
+from omnilora.posthoc.laplace import Logits, Posterior, chosen, fit, predict, predictions, probabilities
 from omnilora.posthoc.posterior_file import save_posterior
 from omnilora.training.encode import MASKED
 from omnilora.training.losses import model_inputs
@@ -32,15 +33,23 @@ def posterior_of(job: Any, kfac_rank: int | None, prior: float | str, predictive
     model, mine = job.model, slots(job.model)
     theta = chosen(mine, lambda name: bool(pattern.search(name)))
     found = fit(model, mine, shown(train, "curvature"), logits, labels, kfac_rank, theta.__contains__)
-    posterior = found.best() if prior == "evidence" else found.at(float(prior))
+    held = None if job.rows[1] is None else job.batches(held=True)
+    if isinstance(prior, str):
+        posterior = found.best()
+    else:
+        posterior = found.at(prior)
+    if prior == "validation":
+        if held is None or len(held) < 4:
+            raise BadValue("prior = 'validation' without held-out data.", "Give --eval-data of four batches at least.")
+        apart, held = held[: len(held) // 4], held[len(held) // 4 :]
+        posterior = validated(posterior, model, mine, shown(apart, "validation"), logits, labels)
     content = state(model).content()
     report: dict[str, Any] = {
         "rows": posterior.rows, "matrices": len(posterior.blocks), "parameters": posterior.size,
         "prior_precision": posterior.lam, "log_evidence": posterior.evidence(posterior.lam),
         "posterior": str(save_posterior(posterior, job.home / "posterior", content))}  # fmt: skip
-    if job.rows[1] is None:
+    if held is None:
         return report
-    held = job.batches(held=True)
     f, S = predict(model, mine, posterior, shown(held, "predictions"), logits)
     y = torch.cat([labels(b) for b in held])
     ways = {"map": torch.softmax(f, -1)}
@@ -50,6 +59,18 @@ def posterior_of(job: Any, kfac_rank: int | None, prior: float | str, predictive
     report["mean_variance"] = float(S.diagonal(dim1=-2, dim2=-1).mean())
     curves = {n: reliability(p, y, bins) for n, p in ways.items()}
     return {**report, "diagram": diagram(curves, Path(job.home) / "reliability.png")}
+
+
+def validated(posterior: Posterior, model: nn.Module, mine: Sequence[Slot], batches: Iterable[Any], logits: Logits,
+              labels: Callable[[Any], Tensor]) -> Posterior:  # fmt: skip
+    """The posterior at that of eight λ, the given one times 1 to 1000, whose joint NLL on ``batches`` is least."""
+    options = [posterior.at(posterior.lam * 10 ** (3 * i / 7)) for i in range(8)]
+    nll = [0.0] * len(options)
+    for batch in batches:
+        f, spreads = predictions(model, mine, options, [batch], logits)
+        for i, S in enumerate(spreads):
+            nll[i] += scores(probabilities(f, S, samples=5_000), labels(batch))["nll"] * len(f)
+    return options[min(range(len(options)), key=nll.__getitem__)]
 
 
 def _reading(job: Any, answers: Sequence[str] | None) -> tuple[Logits, Callable[[Any], Tensor]]:

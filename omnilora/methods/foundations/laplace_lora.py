@@ -38,7 +38,8 @@ CARD = Card(
 def laplace_lora(kfac_rank: int | None = 10, prior: float | str = "evidence",
                  predictive: Sequence[str] = ("joint", "probit", "bridge"), samples: int = 100_000,
                  layers: str | None = None, answers: Sequence[str] | None = None, bins: int = 15) -> Method:  # fmt: skip
-    """``kfac_rank``: of the larger Kronecker factor, None for all; ``prior``: "evidence" or a precision λ; ``predictive``: what is
+    """``kfac_rank``: of the larger Kronecker factor, None for all; ``prior``: "evidence", "validation"
+    (λ by the NLL of a quarter of the held-out rows, which is not reported on) or a precision λ; ``predictive``: what is
     compared with the MAP, of "joint" (``samples`` draws), "probit" and "bridge"; ``layers``: an expression of the matrices that take part;
     ``answers``: of a language model that chooses among answers; ``bins``: of ECE."""
     if kfac_rank is not None:
@@ -48,7 +49,9 @@ def laplace_lora(kfac_rank: int | None = 10, prior: float | str = "evidence",
     predictive = (predictive,) if isinstance(predictive, str) else tuple(predictive)
     for way in predictive:
         one_of(way, "predictive", "joint", "probit", "bridge")
-    if prior != "evidence":
+    if isinstance(prior, str):
+        one_of(prior, "prior", "evidence", "validation")
+    else:
         finite(prior, "prior", 1e-12)
 
     def work(job: Any) -> Mapping[str, Any]:
