@@ -107,7 +107,7 @@ def _tasks(g: torch.Generator) -> Iterator[list[tuple[Batch, Batch]]]:
     u, v = (torch.linalg.qr(torch.randn(12, 3, generator=torch.Generator().manual_seed(s))).Q for s in (1, 2))
     while True:
         group = []
-        for _ in range(4):
+        for _ in range(2):
             x, c = torch.randn(25, 12, generator=g), 2 * torch.randn(3, generator=g)
             y = x @ ((u * c) @ v.mT).mT
             group.append(((x[:5], y[:5]), (x[5:], y[5:])))
@@ -119,12 +119,12 @@ def _adapts(broken: bool) -> float:
     model = proofs.Stack(12, 12)
     torch.nn.init.zeros_(model.layers[0].weight)  # type: ignore[arg-type]
     adapt(model, amal(pool=3, std=0.3))
-    learner = learner_on(model, rate=0.5, steps=5)
+    learner = learner_on(model, rate=0.5, steps=3)
     if not broken:
         draw = _tasks(torch.Generator().manual_seed(0))
-        meta_train(learner, (next(draw) for _ in range(150)), lr=2e-2)
+        meta_train(learner, (next(draw) for _ in range(60)), lr=5e-2)
     tests = _tasks(torch.Generator().manual_seed(9))
-    pairs = [t for _ in range(10) for t in next(tests)]
+    pairs = [t for _ in range(20) for t in next(tests)]
     with torch.no_grad():
         start = sum(float(learner.loss({}, q)) for _, q in pairs)
     return sum(float(learner.loss(learner.adapt(s), q).detach()) for s, q in pairs) / start
