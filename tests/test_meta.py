@@ -24,7 +24,7 @@ def learner(method="lora", roles=("output",), **how):
     torch.manual_seed(0)
     model = proofs.Stack(6, 8, 4, act=torch.tanh)
     ol.adapt(model, ol.method(method, r=2))
-    shake(model)
+    shake(model, 0.3)
     return learner_on(model, roles, **how)
 
 

@@ -92,7 +92,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def few_shot(job: Any, form: Parameterization, roles: Sequence[str], ways: int, shots: int, queries: int, inner_steps: int,
-             inner_rate: float, second_order: bool, updates: int, tasks: int, test_episodes: int, lr: float) -> Mapping[str, Any]:  # fmt: skip
+             inner_rate: float, second_order: bool, updates: int, tasks: int, test_episodes: int,
+             lr: float) -> Mapping[str, Any]:  # fmt: skip
     """Meta-train on the training classes, adapt on unseen classes of the held-out rows, report, save."""
     from omnilora.training.applying import write_json
     from omnilora.training.models import load_parts
@@ -140,6 +141,7 @@ def few_shot(job: Any, form: Parameterization, roles: Sequence[str], ways: int, 
     gain = interval([a - b for a, b in zip(adapted, baseline)])
     figures |= {"gain": gain[0], "gain_interval": gain[1], "first_outer_loss": losses[0], "last_outer_loss": losses[-1],
                 "meta_parameters": sum(t.numel() for t in trainable(model)),
-                "task_parameters": sum(p.numel() for p in learner.fast.values()), "adapter": str(save(model, job.home / "adapter"))}  # fmt: skip
+                "task_parameters": sum(p.numel() for p in learner.fast.values()),
+                "adapter": str(save(model, job.home / "adapter"))}  # fmt: skip
     write_json(job.home / "rates.json", {n: r.detach().tolist() for n, r in learner.rates.items()})
     return figures
