@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,3 +112,12 @@ class Progress:
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as trackers take it."""
     return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items() if v is not None}
+
+
+def shown(items: Sequence[Any], text: str) -> Iterator[Any]:
+    """``items`` with a bar on a terminal's error stream."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    yield from track(items, text, console=console, disable=not console.is_terminal, transient=True)
