@@ -31,12 +31,18 @@ CARD = Card(
     "--eval-data new-classes.jsonl --output runs/amal",
     differs=("There is no official code, and only the abstract was read: pool, inner and outer loop are a reconstruction "
              "(unverified), as are inner_steps and the prototype head.",),
+    limits=(
+        "Fused attention has no second derivative: the outer loop uses plain attention, which is slow on a CPU. Adapt the last "
+        "layers only (--target 're:encoder\\.layer\\.5\\..*'), shorten texts, or set hyper.second_order=false.",
+        "No accuracy on real text was measured yet; the command is tested on a tiny encoder.",
+        "Trained by `omnilora train` it is an ordinary adapter of the SVD-like form, without episodes.",
+    ),
 )  # fmt: skip
 
 
 def amal(pool: int = 8, std: float = 0.05, fast: Sequence[str] = ("core",), ways: int = 5, shots: int = 5, queries: int = 5,
-         inner_steps: int = 5, inner_rate: float = 0.1, second_order: bool = True, updates: int = 60, tasks: int = 2,
-         test_episodes: int = 60, lr: float = 1e-3) -> Method:  # fmt: skip
+         inner_steps: int = 5, inner_rate: float = 0.1, second_order: bool = True, updates: int = 40, tasks: int = 1,
+         test_episodes: int = 30, lr: float = 1e-3) -> Method:  # fmt: skip
     """``pool``: pieces u vᵀ a layer, ``std``: of their numbers at the start; ``fast``: roles that a task learns ("core": λ);
     episodes of ``ways`` classes with ``shots`` and ``queries`` texts; ``updates`` of ``tasks`` episodes each."""
     check_episodes(ways, shots, queries)
