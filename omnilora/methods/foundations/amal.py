@@ -34,7 +34,9 @@ CARD = Card(
     limits=(
         "Fused attention has no second derivative: the outer loop uses plain attention, which is slow on a CPU. Adapt the last "
         "layers only (--target 're:encoder\\.layer\\.5\\..*'), shorten texts, or set hyper.second_order=false.",
-        "No accuracy on real text was measured yet; the command is tested on a tiny encoder.",
+        "MiniLM, last layer, 31 modules of the Python library to train on and 21 unseen ones, 5-way 5-shot, 24 tokens, "
+        "inner_steps=3, lr=3e-3, 40 updates of one episode, 30 test episodes, one seed: prototypes of the base 0.825 ± 0.026, "
+        "after meta-training 0.835 ± 0.029; the gain 0.009 ± 0.010 is within its interval, and the inner loop changed nothing.",
         "Trained by `omnilora train` it is an ordinary adapter of the SVD-like form, without episodes.",
     ),
 )  # fmt: skip
