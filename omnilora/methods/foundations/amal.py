@@ -31,12 +31,20 @@ CARD = Card(
     "--eval-data new-classes.jsonl --output runs/amal",
     differs=("There is no official code, and only the abstract was read: pool, inner and outer loop are a reconstruction "
              "(unverified), as are inner_steps and the prototype head.",),
+    limits=(
+        "Fused attention has no second derivative: the outer loop uses plain attention, which is slow on a CPU. Adapt the last "
+        "layers only (--target 're:encoder\\.layer\\.5\\..*'), shorten texts, or set hyper.second_order=false.",
+        "MiniLM, last layer, 31 modules of the Python library to train on and 21 unseen ones, 5-way 5-shot, 24 tokens, "
+        "inner_steps=3, lr=3e-3, 40 updates of one episode, 30 test episodes, one seed: prototypes of the base 0.825 ± 0.026, "
+        "after meta-training 0.835 ± 0.029; the gain 0.009 ± 0.010 is within its interval, and the inner loop changed nothing.",
+        "Trained by `omnilora train` it is an ordinary adapter of the SVD-like form, without episodes.",
+    ),
 )  # fmt: skip
 
 
 def amal(pool: int = 8, std: float = 0.05, fast: Sequence[str] = ("core",), ways: int = 5, shots: int = 5, queries: int = 5,
-         inner_steps: int = 5, inner_rate: float = 0.1, second_order: bool = True, updates: int = 60, tasks: int = 2,
-         test_episodes: int = 60, lr: float = 1e-3) -> Method:  # fmt: skip
+         inner_steps: int = 5, inner_rate: float = 0.1, second_order: bool = True, updates: int = 40, tasks: int = 1,
+         test_episodes: int = 30, lr: float = 1e-3) -> Method:  # fmt: skip
     """``pool``: pieces u vᵀ a layer, ``std``: of their numbers at the start; ``fast``: roles that a task learns ("core": λ);
     episodes of ``ways`` classes with ``shots`` and ``queries`` texts; ``updates`` of ``tasks`` episodes each."""
     check_episodes(ways, shots, queries)
