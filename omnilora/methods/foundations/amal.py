@@ -28,7 +28,7 @@ CARD = Card(
     defaults={"pool": 8, "inner_steps": 5, "ways": 5, "shots": 5},
     cases=({"pool": 3},),
     command="omnilora apply --method amal --model package:minilm --task classification --data train.jsonl "
-    "--eval-data new-classes.jsonl --output runs/amal",
+    "--eval-data new-classes.jsonl --target 're:encoder\\.layer\\.5\\..*' --max-length 24 --output runs/amal",
     differs=("There is no official code, and only the abstract was read: pool, inner and outer loop are a reconstruction "
              "(unverified), as are inner_steps and the prototype head.",),
     limits=(
