@@ -13,26 +13,31 @@ from typing import Any
 from torch import nn
 
 from omnilora.core.layer import Adapted
-from omnilora.core.parameterization import Slot, is_still
+from omnilora.core.parameterization import Slot, finite, is_still
 from omnilora.core.rule import Rule
 from omnilora.core.run import Run
 from omnilora.errors import BadValue, TargetError
 
 
 class Chunks(Rule):
-    """``parts`` chunks of blocks learn one after another for equal shares of the run; adapters outside the stack learn
-    with the last one. ``stack``: the path of the list of blocks, by default the longest list that holds targets.
+    """``parts`` chunks of blocks learn one after another; adapters outside the stack learn with the last one.
+    ``stack``: the path of the list of blocks, by default the longest list that holds targets.
 
     Args:
+        last: share of the updates for the last chunk, whose exit is the model's own end; the others divide the rest.
+        inner_rate: factor of the learning rate while any other chunk learns: an early exit is a poor guide.
         overlap: blocks below the chunk through which the gradient still flows (interlocking).
     """
 
     one_process = True
 
-    def __init__(self, parts: int = 4, overlap: int = 0, stack: str | None = None) -> None:
+    def __init__(self, parts: int = 4, overlap: int = 0, stack: str | None = None, last: float = 0.5,
+                 inner_rate: float = 0.1) -> None:  # fmt: skip
+        finite(last, "last", 0.0, 1.0)
+        finite(inner_rate, "inner_rate", 0.0)
         if parts < 1 or overlap < 0:
             raise BadValue(f"parts = {parts!r}, overlap = {overlap!r}.", "parts ≥ 1 and overlap ≥ 0.")
-        self.parts, self.overlap, self.stack = parts, overlap, stack
+        self.parts, self.overlap, self.stack, self.last, self.inner_rate = parts, overlap, stack, last, inner_rate
         self.at = self.resumed = -1  # the chunk that learns; the one that a checkpoint was made in
         self._blocks: list[nn.Module] = []
         self._handle: Any = None
@@ -49,10 +54,18 @@ class Chunks(Rule):
         self._blocks, self.at = list(blocks), -1
         self.edges = [len(blocks) * k // self.parts for k in range(self.parts + 1)]
         self._optional = {s.site.name: s.marks.get("optional") for s in run.slots()}
-        self._enter(run, min(run.step * self.parts // run.total_steps, self.parts - 1))
+        self._enter(run, self.part(run.step, run.total_steps))
+
+    def part(self, step: int, total: int) -> int:
+        """The chunk that learns in the update after ``step`` of ``total``."""
+        inner = total - max(1, round(self.last * total))  # updates for all chunks but the last
+        return self.parts - 1 if step >= inner else step * (self.parts - 1) // inner
+
+    def rate(self, run: Run) -> float:
+        return self.inner_rate if self.at < self.parts - 1 else 1.0
 
     def before_forward(self, run: Run) -> None:
-        part = min(run.step * self.parts // run.total_steps, self.parts - 1)
+        part = self.part(run.step, run.total_steps)
         if part != self.at:
             self._enter(run, part)
 
