@@ -26,6 +26,7 @@ CARD = Card(
         "Inputs of a chunk are recomputed by the chunks before it, without gradients, and not cached on disk.",
     ),
     limits=(
+        "An evaluation during training measures the model up to the chunk under way; the end of the run, all of it.",
         "One process only. The model must keep its blocks in an nn.ModuleList that its forward walks through.",
         "The base stays in memory as a whole; what shrinks is activations, gradients and optimizer states.",
         "A loss through an early exit is a poor guide in the first chunks of a deep model: on SmolLM2-135M, 20 updates in four "
