@@ -31,6 +31,7 @@ _HOME = {
     "train": "training.fit", "TrainConfig": "training.config", "evaluate": "training.evaluate",
     "generate": "training.evaluate", "stream": "training.evaluate", "load_trained": "training.models",
     "explain": "explanation", "fit": "training.fit", "export": "io.export", "quantize": "stores.nf4_layer",
+    "compare": "compare.runner",
 }  # fmt: skip
 
 __all__ = [*sorted(_HOME), "methods", "errors"]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from omnilora import __version__
-from omnilora.cli import adapters, applying, explaining, generating, methods, training
+from omnilora.cli import adapters, applying, contest, explaining, generating, methods, training
 from omnilora.cli.common import Commands
 
 app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -18,6 +18,7 @@ app.command("show")(methods.show)
 app.command("verify")(methods.verify)
 app.command("explain")(explaining.explain)
 app.command("train")(training.train)
+app.command("compare")(contest.compare)
 app.command("apply")(applying.apply)
 app.command("eval")(training.evaluate)
 app.command("generate")(generating.generate)
@@ -47,6 +48,7 @@ def _top(
       omnilora list
       omnilora explain --model package:smollm2 --method dora --set hyper.r=16
       omnilora train --model package:smollm2 --method lora --data train.jsonl --output runs/first
+      omnilora compare lora dora --model package:smollm2 --data train.jsonl
       omnilora generate --model package:smollm2 --adapter runs/first/adapter --prompt "Hello"
       omnilora verify --controls
 

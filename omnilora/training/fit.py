@@ -176,11 +176,22 @@ def train(config: TrainConfig) -> FitReport:
 
     Everything that can be checked without the model is checked before it is loaded.
     """
+    return trained(config.replace(output=config.output or f"runs/{config.method}"))[1]
+
+
+def trained(config: TrainConfig, rate: float = 1.0) -> tuple[Loaded, FitReport, TrainConfig]:
+    """A whole run: (the trained model with its tokenizer, the report, the configuration with nothing left open).
+
+    Args:
+        rate: a factor on the learning rate.
+
+    Without ``config.output`` nothing is written.
+    """
     made = method(config.method, **config.hyper)
     if config.data is None:
         raise BadValue("data is not given.", "Give a file, a folder or a Hub name.")
     config.check_evaluation(config.eval_data is not None)
-    config = config.replace(output=config.output or f"runs/{config.method}")
+    config.check_output()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     rows, held = _rows(config.data, config.eval_data, config)
@@ -189,22 +200,22 @@ def train(config: TrainConfig) -> FitReport:
     length = room(parts.model.config, config)
     template = config.template if config.task != "causal-lm" else _template(parts, config)
     config = config.replace(labels=labels, max_length=length, template=template,
-                            lr=learning_rate(parts.model, config, made.rate),
+                            lr=rate * learning_rate(parts.model, config, made.rate),
                             hyper=_plain({**made.hyper, **config.hyper}))  # fmt: skip
     need("accelerate.utils", "train").set_seed(config.seed)
     _adapt(parts, made, rows, config)
     remember(parts.model, "default", parts.extra())
-    home = Path(str(config.output))
+    home = None if config.output is None else Path(config.output)
     on_cpu = next(parts.model.parameters()).device.type == "cpu"
     process = need("accelerate", "train").PartialState(cpu=on_cpu)
-    if process.is_main_process:
+    if process.is_main_process and home is not None:
         config.to_yaml(home / "config.yaml")
     report = _fit_rows(parts.model, parts.tokenizer, rows, held, labels, config, "default")
-    if process.is_main_process:
+    if process.is_main_process and home is not None:
         save(parts.model, home / "adapter", "default")
         report.write(home / "report.json")
     process.wait_for_everyone()
-    return report
+    return parts, report, config
 
 
 def _plain(hyper: dict[str, Any]) -> dict[str, Any]:

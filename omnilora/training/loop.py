@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -56,6 +57,7 @@ class Loop:
         self.report = FitReport(total_steps=self.total, output=config.output,
                                 trainable=sum(p.numel() for p in trainable(model, self.adapter)),
                                 method=hub_of(model).values["methods"][self.adapter].key)  # fmt: skip
+        self.times: list[float] = []
         self.at_epoch = self.at_batch = self.bad = 0
         self.epoch_random: dict[str, Any] | None = None
 
@@ -91,6 +93,7 @@ class Loop:
             if self.config.trackers:
                 self.accelerator.end_training()
         self.report.steps, self.report.seconds = run.step, spent + time.monotonic() - began
+        self.report.step_seconds = statistics.median(self.times) if self.times else 0.0
         return self.report
 
     # -- set-up ----------------------------------------------------------------------------------------------------
@@ -227,6 +230,7 @@ class Loop:
         return value
 
     def _update(self, run: Run, wrapped: nn.Module, micro: list[Any], shown: Progress) -> None:
+        began = time.perf_counter()
         value = self._sum(self._gradients(run, wrapped, micro))
         if not math.isfinite(value):
             raise RunError(f"The loss is {value} at update {run.step + 1}.", "Lower lr, or use dtype = 'fp32'.")
@@ -240,6 +244,7 @@ class Loop:
         optimizer.step()
         run.scheduler.step()
         optimizer.zero_grad(set_to_none=True)
+        self.times.append(time.perf_counter() - began)
         self.report.losses.append(value)
         self.report.tokens += tokens
         rate = optimizer.param_groups[0]["lr"]

@@ -16,6 +16,7 @@ from omnilora.training.batches import Feed, to_device
 from omnilora.training.encode import MASKED
 
 Batch = Mapping[str, Tensor]
+Scores = dict[str, tuple[Tensor, Tensor]]
 
 
 class Task:
@@ -28,6 +29,11 @@ class Task:
     def total(self, model: nn.Module, batch: Any, figures: Figures | None = None) -> tuple[Tensor, Any]:
         """(summed loss, the model's outputs). ``figures`` collects what metrics need."""
         raise NotImplementedError
+
+    def scores(self, model: nn.Module, batch: Any) -> Scores:
+        """metric → (sum, weight) of every row: the metric over some rows is Σ sums / Σ weights."""
+        total, _ = self.total(model, batch)
+        return {"loss": (total.reshape(1), total.new_tensor([self.weight(batch)]))}
 
 
 class Figures:
@@ -97,6 +103,11 @@ class CausalLM(Task):
         flat, truth = logits.float().flatten(0, 1), target[:, where].flatten()
         return F.cross_entropy(flat, truth, ignore_index=MASKED, reduction="sum"), outputs
 
+    def scores(self, model: nn.Module, batch: Batch) -> Scores:
+        logits, target = model(**model_inputs(model, batch)).logits[:, :-1].float(), batch["labels"][:, 1:]
+        each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=MASKED, reduction="none")
+        return {"loss": (each.view(target.shape).sum(1), (target != MASKED).sum(1).float())}
+
 
 class Classification(Task):
     """Cross-entropy over classes."""
@@ -111,6 +122,12 @@ class Classification(Task):
             figures.seen += list(zip(logits.argmax(-1).tolist(), batch["labels"].tolist(), strict=True))
         return F.cross_entropy(logits, batch["labels"], reduction="sum"), outputs
 
+    def scores(self, model: nn.Module, batch: Batch) -> Scores:
+        logits, truth = model(**model_inputs(model, batch)).logits.float(), batch["labels"]
+        one = torch.ones(len(truth))
+        return {"accuracy": ((logits.argmax(-1) == truth).float(), one),
+                "loss": (F.cross_entropy(logits, truth, reduction="none"), one)}  # fmt: skip
+
 
 class Embedding(Task):
     """Pairs: the other rows' positives are the negatives; with scores, squared error of the cosine."""
@@ -122,15 +139,26 @@ class Embedding(Task):
         return float(batch["input_ids"].shape[0] // 2)
 
     def total(self, model: nn.Module, batch: Batch, figures: Figures | None = None) -> tuple[Tensor, Any]:
-        outputs = model(**model_inputs(model, batch))
-        a, b = mean_pooled(outputs.last_hidden_state, batch["attention_mask"]).chunk(2)
-        near = a @ b.mT
-        truth = torch.arange(a.shape[0], device=a.device)
+        near, truth, outputs = self._nearness(model, batch)
         if figures is not None:
             figures.hits += int((near.argmax(-1) == truth).sum())
         if "score" in batch:
             return F.mse_loss(near.diagonal(), batch["score"], reduction="sum"), outputs
         return F.cross_entropy(near / self.temperature, truth, reduction="sum"), outputs
+
+    def _nearness(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Any]:
+        """(cosines (pairs, pairs), the index of each row's own, outputs)."""
+        outputs = model(**model_inputs(model, batch))
+        a, b = mean_pooled(outputs.last_hidden_state, batch["attention_mask"]).chunk(2)
+        return a @ b.mT, torch.arange(a.shape[0], device=a.device), outputs
+
+    def scores(self, model: nn.Module, batch: Batch) -> Scores:
+        near, truth, _ = self._nearness(model, batch)
+        one = torch.ones(len(truth))
+        if "score" in batch:
+            return {"loss": ((near.diagonal() - batch["score"]).square(), one)}
+        return {"accuracy": ((near.argmax(-1) == truth).float(), one),
+                "loss": (F.cross_entropy(near / self.temperature, truth, reduction="none"), one)}  # fmt: skip
 
 
 def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -244,6 +272,24 @@ def evaluate_feed(model: nn.Module, feed: Feed, task: Task) -> dict[str, float]:
         for module in learning:
             module.training = True
     return figures.metrics(task)
+
+
+@torch.no_grad()
+def row_scores(model: nn.Module, feed: Feed, task: Task) -> dict[str, dict[str, list[float]]]:
+    """metric → {"sum": […], "weight": […]}, a number for every row in the order of ``feed``; in eval mode."""
+    device, found = next(model.parameters()).device, dict[str, dict[str, list[float]]]()
+    learning = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        for batch in feed.epoch(0):
+            for metric, (total, weight) in task.scores(model, to_device(batch, device)).items():
+                kept = found.setdefault(metric, {"sum": [], "weight": []})
+                kept["sum"] += total.tolist()
+                kept["weight"] += weight.tolist()
+    finally:
+        for module in learning:
+            module.training = True
+    return found
 
 
 def quiet_norms(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from omnilora.core.attach import hub_of
 from omnilora.core.full import Full
+from omnilora.core.targets import own_sites
 from omnilora.errors import BadValue, FileRefused, NeedsExtra, OmniloraError, UnknownName, nearest, need
 from omnilora.training.config import TrainConfig
 
@@ -229,7 +230,12 @@ def targets_for(parts: Loaded, targets: Sequence[str] | str | None, overrides: M
                 unfreeze: Sequence[str] | None) -> tuple[Any, dict[str, Any], list[str] | None]:  # fmt: skip
     """(targets, overrides, unfreeze) that also train the fresh head and the rows of added tokens."""
     changes = dict(overrides or {})
-    free = [*(unfreeze or []), *parts.fresh] or None
+    wanted = list(unfreeze or [])
+    for pattern in parts.fresh:
+        covered = {site.name for site, _ in own_sites(parts.model, wanted)}
+        if not {site.name for site, _ in own_sites(parts.model, [pattern])} <= covered:
+            wanted.append(pattern)
+    free = wanted or None
     if not parts.added:
         return targets, changes, free
     table = parts.model.get_input_embeddings()

@@ -23,6 +23,7 @@ class FitReport:
     steps: int = 0
     total_steps: int = 0
     seconds: float = 0.0
+    step_seconds: float = 0.0  # median time of an update, evaluations and checkpoints left out
     tokens: int = 0  # input tokens without padding (rows, where the batches have no mask)
     trainable: int = 0
     truncated: int = 0
