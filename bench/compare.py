@@ -39,12 +39,12 @@ def run(task: str, folder: Path, workers: int, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", default=["topics", "functions"], choices=["topics", "functions"])
+    parser.add_argument("tasks", nargs="*", help="topics, functions; default: both")
     parser.add_argument("--folder", type=Path, default=Path("runs/compare-all"))
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    for task in args.tasks:
+    for task in args.tasks or ["topics", "functions"]:
         run(task, args.folder, args.workers, args.rounds)
 
 
