@@ -1,7 +1,7 @@
 """All methods on two real tasks with the 22 M encoder, under one budget: ``python bench/compare.py [topics] [functions]``.
 
 topics: docstring → chapter of the library reference (classification); functions: docstring → signature (retrieval among
-240 candidates). Both are read from the running interpreter's standard library. 60 updates of 16, three seeds, three
+240 candidates). Both are read from the running interpreter's standard library. 60 updates of 8, three seeds, three
 learning rates a method. Goes on where it was interrupted; results go to bench/results/compare-TASK.{json,md,html}.
 """
 
@@ -28,7 +28,7 @@ def methods() -> list[str]:
 def run(task: str, folder: Path, workers: int, rounds: int) -> None:
     train, test = (topics if task == "topics" else functions).examples(seed=0)
     kind = "classification" if task == "topics" else "embedding"
-    config = TrainConfig(model="package:minilm", task=kind, data=train, batch_size=16, max_length=64, dtype="fp32",
+    config = TrainConfig(model="package:minilm", task=kind, data=train, batch_size=8, max_length=48, dtype="fp32",
                          threads=1)  # fmt: skip
     ends = ["frozen", "full"] if task == "topics" else ["full"]
     compare([*ends, *methods()], config=config, test=test, steps=60, workers=workers, rounds=rounds,

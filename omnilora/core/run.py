@@ -49,8 +49,13 @@ class Run:
         for rule in self.rules:
             rule.attach(self)
 
-    def slots(self) -> list[Slot]:
-        return slots(self.model, self.adapter)
+    def slots(self, *roles: str) -> list[Slot]:
+        """The adapter's sites in the order of the model; with ``roles`` those that hold a tensor of one of them.
+
+        A new head or an unfrozen layer is a site too, whose only tensor has the role "own".
+        """
+        found = slots(self.model, self.adapter)
+        return [s for s in found if set(s.roles.values()) & set(roles)] if roles else found
 
     @property
     def emitted(self) -> list[tuple[str, str, Tensor]]:

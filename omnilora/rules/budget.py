@@ -61,7 +61,7 @@ class Budget(Rule):
         return int(bT + (b0 - bT) * left**3), t % self.every == 0
 
     def after_step(self, run: Run) -> None:
-        t, slots = run.step, run.slots()
+        t, slots = run.step, run.slots("core")
         if t < run.total_steps - steps_of(self.t_final, run.total_steps):
             for slot in slots:
                 for name, w in slot.by_role("input", "output", "core"):
@@ -100,7 +100,7 @@ class Budget(Rule):
 
     def finish(self, run: Run) -> None:
         if self.compact:
-            for slot in run.slots():
+            for slot in run.slots("core"):
                 compact(slot, torch.tensor(slot.marks["rank_pattern"]))
 
     def state_dict(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Proximal(Rule):
                 g.copy_(shrink(g, self.xi * rate if self.times_lr else self.xi))
 
     def finish(self, run: Run) -> None:
-        for slot in run.slots():
+        for slot in run.slots("gate"):
             keep = torch.cat([g.detach() != 0 for _, g in slot.by_role("gate")])
             slot.marks["rank_pattern"] = keep.tolist()
             if self.cut:

@@ -12,6 +12,7 @@ from omnilora import proofs
 from omnilora.core.attach import adapt, detach, slots
 from omnilora.core.method import Card, Claim, Method, prepare
 from omnilora.core.observe import DeltaEnergy, observe
+from omnilora.core.parameterization import is_additive
 from omnilora.core.run import trainable
 from omnilora.core.targets import Targets, targets_from
 from omnilora.errors import BadValue
@@ -73,7 +74,8 @@ def probe(model: nn.Module, method: Method, targets: Targets, batches: Sequence[
             opt.zero_grad()
             loss(model, batches[step % len(batches)]).backward()
             opt.step()
-        seen = observe(model, slots(model, "probe"), batches, loss, {"energy": DeltaEnergy})
+        forms = [s for s in slots(model, "probe") if is_additive(s.how)]  # a new head is none
+        seen = observe(model, forms, batches, loss, {"energy": DeltaEnergy})
     finally:
         detach(model, "probe")
     return {name: stats["energy"] for name, stats in seen.items()}
