@@ -31,7 +31,7 @@ _HOME = {
     "train": "training.fit", "TrainConfig": "training.config", "evaluate": "training.evaluate",
     "generate": "training.evaluate", "stream": "training.evaluate", "load_trained": "training.models",
     "explain": "explanation", "fit": "training.fit", "export": "io.export", "quantize": "stores.nf4_layer",
-    "compare": "compare.runner",
+    "compare": "compare.runner", "integrate": "integrations.trainer", "Reference": "integrations.reference",
 }  # fmt: skip
 
 __all__ = [*sorted(_HOME), "methods", "errors"]

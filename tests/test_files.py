@@ -66,6 +66,33 @@ def test_a_failed_write_keeps_the_old_folder(saved, monkeypatch):
         assert [p.name for p in path.parent.iterdir()] == ["a"]
 
 
+def test_saving_keeps_what_else_lies_there(saved):
+    model, path = saved
+    (path / "notes.txt").write_text("mine")
+    (path / "omnilora.safetensors").write_bytes(b"of an older save")
+    ol.save(model, path)
+    assert (path / "notes.txt").read_text() == "mine"
+    assert ol.load_file(path).sites
+    assert not list(path.parent.glob(".a.*"))
+
+
+def test_saving_over_folders_is_refused(saved, tmp_path):
+    model, _ = saved
+    (tmp_path / "project" / "src").mkdir(parents=True)
+    (tmp_path / "project" / "src" / "main.py").write_text("work")
+    with pytest.raises(errors.FileRefused, match="src"):
+        ol.save(model, tmp_path / "project")
+    assert (tmp_path / "project" / "src" / "main.py").read_text() == "work"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "project"]
+
+
+def test_the_folder_of_a_run_loads_its_adapter(saved, tmp_path):
+    model, path = saved
+    (tmp_path / "run").mkdir()
+    path.rename(tmp_path / "run" / "adapter")
+    assert ol.load(base_of(model), tmp_path / "run")["sites"] == 2
+
+
 def test_verdicts_on_the_base(saved):
     model, path = saved
     assert ol.load(base_of(model), path)["base"] == "same bytes"

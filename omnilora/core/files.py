@@ -30,6 +30,7 @@ from omnilora.errors import FileRefused, NotExpressible, OmniloraError, UnknownN
 
 FORMAT = 1
 MANIFEST, NATIVE = "omnilora.json", "omnilora.safetensors"
+OWN = (MANIFEST, NATIVE, "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "trainer.json")
 MAX_JSON = 64 << 20
 MAX_HEADER = 32 << 20
 QUOTA = 16 << 30
@@ -39,12 +40,19 @@ Foreign = Callable[[AdapterState], tuple[dict[str, Any], dict[str, Tensor]]]
 
 
 def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> Path:
-    """Write a folder so that a reader sees all of the old or all of the new, whatever happens in between."""
+    """Write a folder so that a reader sees all of the old or all of the new, whatever happens in between.
+
+    Files of other kinds that lie in an older folder stay. Raises :class:`FileRefused` where it holds folders, which
+    could not be kept in one step.
+    """
     target = Path(path)
+    kept = _foreign(target, files)
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
     try:
         fresh.mkdir()
+        for name in kept:
+            _link(target / name, fresh / name)
         for name, data in files.items():
             with open(fresh / name, "wb") as f:
                 f.write(data)
@@ -56,6 +64,25 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> Pa
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return target
+
+
+def _foreign(target: Path, files: Mapping[str, bytes]) -> list[str]:
+    """What lies in ``target`` and is neither written now nor of an adapter or checkpoint that was written before."""
+    if not target.is_dir():
+        return []
+    inside = sorted(os.scandir(target), key=lambda e: e.name)
+    if folders := [e.name for e in inside if e.is_dir(follow_symlinks=False)]:
+        raise FileRefused(f"{target} holds folders ({', '.join(folders[:3])}), which saving there would replace.",
+                          f"Name a folder of its own, such as {target / 'adapter'}.")  # fmt: skip
+    return [e.name for e in inside if e.name not in files and e.name not in OWN]
+
+
+def _link(old: Path, new: Path) -> None:
+    """The same file under a second name; a copy where the file system has no links."""
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(old, new, follow_symlinks=False)
 
 
 def _sync(folder: Path) -> None:
@@ -312,6 +339,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     """
     from omnilora.io import peft
 
-    read = load_file(path, quota)
+    home = Path(path)
+    if not (home / MANIFEST).exists() and (home / "adapter" / MANIFEST).exists():
+        home = home / "adapter"  # the folder of a run
+    read = load_file(home, quota)
     peft.check_facts(model, read)
     return states.load_state(model, read, name, check_base=check_base)

@@ -34,6 +34,7 @@ class Rule:
     """Subclass what you need; hyper-parameters are constructor arguments, progress is ``state_dict``."""
 
     loss_is_added = False  # whether ``loss`` returns anything: an uncollected one is an error
+    reads_outputs = False  # whether ``loss`` or ``update`` looks at the model's outputs
     other_share = 0.0  # share of the training data that the trainer sets apart for ``run.other()``
     one_process = False  # whether the rule's update is meant for a single process
     own_gradients = False  # whether processes keep gradients of their own (no averaging by the trainer)

@@ -19,7 +19,7 @@ from omnilora.core.parameterization import finite, one_of
 from omnilora.core.rule import Evaluate, Rule
 from omnilora.core.run import Run
 from omnilora.core.targets import matches
-from omnilora.errors import TargetError
+from omnilora.errors import RunError, TargetError
 
 MASKED = -100
 
@@ -42,7 +42,7 @@ class HiddenKey(Rule):
         one_of(hidden_pattern, "hidden_pattern", *PATTERNS)
         self.p_key, self.p_hidden, self.beta = p_key, p_hidden, beta
         self.key_pattern, self.hidden_pattern, self.hidden_at = key_pattern, hidden_pattern, hidden_at
-        self.one_process = beta > 0
+        self.one_process = self.reads_outputs = beta > 0
         self._handles: list[Any] = []
         self._layers: list[nn.Module] = []
 
@@ -100,7 +100,10 @@ def two_sided_kl(a: Tensor, b: Tensor) -> Tensor:
 
 def learned_logits(batch: Any, outputs: Any) -> Tensor:
     """Logits (rows, classes) that the loss looks at: class logits, or those of the tokens that are learned."""
-    logits: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits
+    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise RunError(f"The trainer gives no logits ({type(outputs).__name__}), which the two passes are compared by.",
+                       "Use ol.fit or transformers.Trainer, or set beta = 0.")  # fmt: skip
     if logits.dim() < 3:
         return logits
     labels = batch.get("labels") if isinstance(batch, dict) else None

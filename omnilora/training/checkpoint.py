@@ -139,7 +139,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], name
 
 
 def save(home: str | os.PathLike[str], run: Run, progress: Mapping[str, Any], randoms: list[dict[str, Any]]) -> Path:
-    """Write ``home/step-…`` atomically.
+    """Write ``home/step-…`` atomically; see :func:`write`."""
+    return write(Path(home) / f"step-{run.step:06d}", run, progress, randoms)
+
+
+def write(folder: str | os.PathLike[str], run: Run, progress: Mapping[str, Any], randoms: list[dict[str, Any]]) -> Path:
+    """Write one checkpoint as ``folder``, atomically.
 
     Args:
         progress: position in the data, best figures, losses … (plain values or tensors).
@@ -163,7 +168,7 @@ def save(home: str | os.PathLike[str], run: Run, progress: Mapping[str, Any], ra
         TENSORS: encode(files._ordered(tensors)),
         TRAINER: files._json({"format": 1, "body": body}),
     }
-    return files.write_folder(Path(home) / f"step-{run.step:06d}", content)
+    return files.write_folder(folder, content)
 
 
 def _scheduler_state(scheduler: Any) -> dict[str, Any]:
