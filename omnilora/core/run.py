@@ -123,7 +123,26 @@ class Run:
             total = total + rule.loss(self, batch, outputs)
         return total
 
-    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _before(self, optimizer: Any, args: Any, kwargs: Any) -> Any:
+        """Before the step; where it is given a closure (Lightning), after the closure's forward and backward."""
+        closure = kwargs.get("closure") if len(args) < 2 else args[1]
+        if closure is None:
+            self._ready(optimizer)
+            return None
+        done = False
+
+        def wrapped() -> Any:
+            nonlocal done
+            value = closure()
+            if not done:
+                self._ready(optimizer)
+                done = True
+            return value
+
+        return args[:1], {**kwargs, "closure": wrapped}
+
+    def _ready(self, optimizer: Any) -> None:
+        """Gradients are there: rules act on them, and factors on the learning rates are applied."""
         if self._owed:
             raise RunError(f"The loss that {self.method.key!r} adds was not collected before the optimizer's step.",
                            "Add run.loss(batch, outputs) to the training loss.")  # fmt: skip

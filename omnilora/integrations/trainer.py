@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +14,13 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from omnilora.core.attach import checkpoint_context, find_hub, hub_of
+from omnilora.core.attach import find_hub, hub_of
 from omnilora.core.files import load_file, save
 from omnilora.core.run import Run, _the_adapter, param_groups, wrapped_optimizer
 from omnilora.errors import AttachError, BadValue, RunError, need
 from omnilora.integrations.reference import Reference
 from omnilora.training import checkpoint
+from omnilora.training.recompute import recomputed_contexts
 
 STATE = "trainer_state.json"  # transformers writes it last: a checkpoint without it was interrupted
 
@@ -70,7 +70,7 @@ class Integrated:
         self._steps, self._micro, self._whole = 0, list[Any](), False
         self._added: list[float] = []
         share = max((rule.other_share for rule in method.rules), default=0.0)
-        with _reference(self, model, kwargs), _trainable(model), _checkpointed(model):
+        with _reference(self, model, kwargs), _trainable(model), recomputed_contexts(model):
             super().__init__(model, *args, **kwargs)
         self._refuse(method)
         if share:
@@ -125,7 +125,7 @@ class Integrated:
             raise RunError(f"{resume_from_checkpoint} is no complete checkpoint.", "Pass True for the newest complete one.")
         self.optimizer = self.lr_scheduler = None
         try:
-            with _checkpointed(self.model):
+            with recomputed_contexts(self.model):
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
             if self.run is not None:
                 self.run.finish()
@@ -305,26 +305,3 @@ def _trainable(model: nn.Module) -> Iterator[None]:
                 vars(model).pop("_hf_peft_config_loaded", None)
             else:
                 model._hf_peft_config_loaded = known
-
-
-@contextmanager
-def _checkpointed(model: Any) -> Iterator[None]:
-    """Gradient checkpointing that the trainer switches on: recomputations see their first run's rows, and inputs that
-    need no gradient do no harm."""
-    original = getattr(model, "gradient_checkpointing_enable", None)
-    if original is None:
-        yield
-        return
-
-    def enable(gradient_checkpointing_kwargs: Any = None, **options: Any) -> Any:
-        given = dict(gradient_checkpointing_kwargs or {})
-        if given.get("use_reentrant"):
-            warnings.warn("use_reentrant = True cannot train adapters on frozen inputs; False is used.", stacklevel=2)
-        return original(gradient_checkpointing_kwargs={**given, "use_reentrant": False,
-                                                       "context_fn": checkpoint_context(model)}, **options)  # fmt: skip
-
-    model.gradient_checkpointing_enable = enable
-    try:
-        yield
-    finally:
-        vars(model).pop("gradient_checkpointing_enable", None)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from omnilora.core.attach import checkpoint_context, hub_of, slots
+from omnilora.core.attach import hub_of, slots
 from omnilora.core.run import Run, _the_adapter, param_groups, start, trainable, wrapped_optimizer
 from omnilora.errors import BadValue, RunError, UnknownName, nearest, need
 from omnilora.optim.paged import PagedAdamW
@@ -21,6 +21,7 @@ from omnilora.training import checkpoint
 from omnilora.training.batches import Feed, to_device, token_count
 from omnilora.training.config import LOWER_IS_BETTER, TrainConfig
 from omnilora.training.losses import Task, evaluate_feed, quiet_norms
+from omnilora.training.recompute import gradient_checkpointing
 from omnilora.training.report import FitReport, Progress, flat, make_accelerator
 
 SMALL = 500_000_000
@@ -107,16 +108,8 @@ class Loop:
         return list(others.values())
 
     def _recompute(self, on: bool) -> None:
-        if not self.config.gradient_checkpointing:
-            return
-        if not hasattr(self.model, "gradient_checkpointing_enable"):
-            raise BadValue(f"gradient_checkpointing = True, but {type(self.model).__name__} has no such mode.",
-                           "Use torch.utils.checkpoint with context_fn = ol.checkpoint_context(model).")
-        if on:
-            self.model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_context(self.model)})
-        else:
-            self.model.gradient_checkpointing_disable()
+        if self.config.gradient_checkpointing:
+            gradient_checkpointing(self.model, on)
 
     def _wire(self, run: Run) -> None:
         config = self.config
