@@ -216,7 +216,7 @@ def _formats(model: nn.Module, method: Method, sites: Plan,
         return {"can": True, "why": ""}
 
     out = {"omnilora": {"can": True, "why": ""}, "peft": tried(lambda: to_peft(state)),
-           "vllm": tried(lambda: to_peft(export._folded(state)))}  # fmt: skip
+           "vllm": tried(lambda: to_peft(export.folded(state)))}  # fmt: skip
     return out | {name: {"can": False, "why": "Not written yet."} for name in export.PLANNED}
 
 

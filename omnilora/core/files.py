@@ -140,6 +140,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = N
 
 def save_state(state: AdapterState, path: str | os.PathLike[str]) -> Path:
     """Save an adapter that is a value."""
+    return write_folder(path, files_of(state))
+
+
+def files_of(state: AdapterState) -> dict[str, bytes]:
+    """The files of an adapter's folder."""
     from omnilora.io import peft
 
     files: dict[str, bytes] = {}
@@ -152,7 +157,7 @@ def save_state(state: AdapterState, path: str | os.PathLike[str]) -> Path:
         files[NATIVE] = encode(_ordered(state.everything()))
         name = NATIVE
     files[MANIFEST] = _json(manifest(state, name))
-    return write_folder(path, files)
+    return files
 
 
 def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -234,20 +239,15 @@ def read_tensors(path: Path, quota: int = QUOTA) -> dict[str, Tensor]:
 
 
 def load_file(path: str | os.PathLike[str], quota: int = QUOTA) -> AdapterState:
-    """Read an adapter folder into a value; a bare PEFT folder loads as unproven."""
-    from omnilora.io import peft
+    """Read an adapter into a value: omnilora's folder, PEFT's, or a single file of kohya, LyCORIS, diffusers or llama.cpp.
+
+    Foreign files load as unproven. The sites of a single file have the file's names until it is put on a model.
+    """
+    from omnilora.io import formats
 
     folder = Path(path)
-    if not folder.is_dir():
-        raise FileRefused(f"{folder} is no folder.", "Give the folder that ol.save wrote, or a PEFT adapter's.")
-    pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
     if not (folder / MANIFEST).exists():
-        if (folder / "adapter_config.json").exists() and (folder / "adapter_model.safetensors").exists():
-            return peft.from_peft(read_json(folder / "adapter_config.json"),
-                                  read_tensors(folder / "adapter_model.safetensors", quota))  # fmt: skip
-        if pickles:
-            raise FileRefused(f"{folder.name} holds {pickles[0]}, a pickle.", "Pickles execute code; convert to safetensors.")
-        raise FileRefused(f"{folder} holds neither {MANIFEST} nor a PEFT adapter.")
+        return formats.read(folder, quota)
     data = read_json(folder / MANIFEST)
     if data.get("format") != FORMAT:
         raise FileRefused(f"{MANIFEST} has format {data.get('format')!r}.", f"This version reads format {FORMAT}.")
@@ -304,14 +304,19 @@ def _assemble(data: Mapping[str, Any], tensors: dict[str, Tensor]) -> AdapterSta
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, check_base: bool = True,
-         quota: int = QUOTA) -> dict[str, Any]:  # fmt: skip
+         quota: int = QUOTA, part: str | None = None) -> dict[str, Any]:  # fmt: skip
     """Put a saved adapter on ``model``, all or nothing, and activate it.
+
+    Args:
+        path: what :func:`load_file` reads.
+        part: of a file that covers a pipeline, which part ``model`` is: "unet", "te", "te2" ….
 
     Returns: {"sites", "parameters", "base": verdict, "distance"}. Raises typed errors for damaged files, another
     base, or tensors that do not fit.
     """
     from omnilora.io import peft
+    from omnilora.io.names import placed
 
-    read = load_file(path, quota)
+    read = placed(load_file(path, quota), model, part)
     peft.check_facts(model, read)
     return states.load_state(model, read, name, check_base=check_base)
