@@ -20,6 +20,7 @@ from omnilora.errors import BadValue, NeedsExtra, NotExpressible, StateMismatch,
 from omnilora.io.peft_facts import STORED, facts
 
 NAMES = "names"  # the key of AdapterState.extra that says whose names the sites have
+GGUF = "llama.cpp"  # its value for llama.cpp's names, which follow from the architecture
 # the mark of a site whose tensors do not show whether its layer is linear or a convolution; True: of kernel 1 only
 UNSURE = "kind"
 # part of a pipeline: how files begin the names of its layers, and what a module that holds all parts calls it
@@ -68,6 +69,10 @@ def placed(state: AdapterState, model: nn.Module, part: str | None = None) -> Ad
     layers = dict(model.named_modules())
     if not is_raw(state):
         return _sure(state, layers)
+    if state.extra[NAMES] == GGUF:
+        from omnilora.io import gguf
+
+        return gguf.placed(state, model)
     state = only(state, part)
     sites: dict[str, SiteState] = {}
     for begin, group in _groups(state, layers).items():

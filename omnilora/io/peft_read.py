@@ -79,8 +79,9 @@ def _state(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fan_in: int
 
 
 # first versions of PEFT, and state dicts that were saved by hand: the adapter's name behind the leaf, wrappers in front
-_NAMED = re.compile(r"(\.(?:lora_(?:embedding_)?[ABE]|lora_magnitude_vector|ia3_l|hada_\w+|lokr_\w+|vera_lambda_[bd]|oft_R"
-                    r"|boft_[RsP]|hira_(?:embedding_)?[AB]|fourierft_spectrum|randlora_\w+|modules_to_save))\.(?!weight$|bias$)[^.]+(?=$|\.)")  # fmt: skip
+_LEAF = (r"lora_(?:embedding_)?[ABE]|lora_magnitude_vector|ia3_l|hada_\w+|lokr_\w+|vera_lambda_[bd]|oft_R|boft_[RsP]"
+         r"|hira_(?:embedding_)?[AB]|fourierft_spectrum|randlora_\w+|modules_to_save")  # fmt: skip
+_NAMED = re.compile(rf"(\.(?:{_LEAF}))\.(?!weight$|bias$)[^.]+(?=$|\.)")
 
 
 def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
