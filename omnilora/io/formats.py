@@ -162,14 +162,11 @@ def write_file(path: Path, data: bytes) -> Path:
 
 def refusals(state: AdapterState, form: Format, to: Target = Target()) -> dict[str, str]:
     """Site → why the format cannot hold it, each site asked alone; "" → why it cannot hold the whole. Empty: it can."""
-    out: dict[str, str] = {}
-    for name in state.sites:
-        alone = replace(state, sites={name: state.sites[name]})
-        if (why := _refusal(alone, form, to)) is not None:
-            out[name] = why
-    if not out and (why := _refusal(state, form, to)) is not None:
-        out[""] = why
-    return out
+    whole = _refusal(state, form, to)
+    if whole is None:
+        return {}
+    alone = {n: _refusal(replace(state, sites={n: s}), form, to) for n, s in state.sites.items()}
+    return {n: why for n, why in alone.items() if why is not None} or {"": whole}
 
 
 def _refusal(state: AdapterState, form: Format, to: Target) -> str | None:

@@ -34,11 +34,11 @@ ALIASES = {  # other programs' words for a leaf
     "lora_linear_layer.down.weight": "lora_down.weight", "lora_linear_layer.up.weight": "lora_up.weight",
     "lora_A.default.weight": "lora_down.weight", "lora_B.default.weight": "lora_up.weight",
     "lora_A": "lora_down.weight", "lora_B": "lora_up.weight",
-    "lora_magnitude_vector": "dora_scale", "lora_magnitude_vector.weight": "dora_scale",
-    "lora_magnitude_vector.default.weight": "dora_scale",
+    "lora_magnitude_vector": "magnitude", "lora_magnitude_vector.weight": "magnitude",
+    "lora_magnitude_vector.default.weight": "magnitude",
 }  # fmt: skip
 LEAVES = (
-    "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "scalar", "dora_scale",
+    "lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "scalar", "dora_scale", "magnitude",
     "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
     "diff", "diff_b", "w_norm", "b_norm", "on_input", "weight", "oft_blocks", "rescale",
@@ -119,10 +119,11 @@ def _sites(layer: str, left: Leaves) -> dict[str, SiteState]:
     roles = {k: ROLES[k] for k in tensors if k != "l"}
     if type(how) is WeightScale:
         roles["l"] = "magnitude" if how.side == "output" else "core"
-    if "dora_scale" in left:
-        m = left.pop("dora_scale")
-        # (out, 1, …) or (out,): a magnitude for each output; (1, in, …): for each input channel
-        by_input = m.dim() > 1 and m.shape[0] == 1 and read.shape is not None and read.shape[0] != 1
+    if "dora_scale" in left or "magnitude" in left:
+        peft = "magnitude" in left  # PEFT's is for each output, (out,) or (1, out, 1, 1)
+        m = left.pop("magnitude" if peft else "dora_scale")
+        # LyCORIS': (out, 1, …) or (out,) a magnitude for each output; (1, in, …) for each input channel
+        by_input = not peft and m.dim() > 1 and m.shape[0] == 1 and read.shape is not None and read.shape[0] != 1
         how = InputDoRA(how) if by_input else DoRA(how)
         tensors = {f"inner.{k}": t for k, t in tensors.items()} | {"m": m.flatten()}
         roles = {f"inner.{k}": r for k, r in roles.items()} | {"m": "core" if by_input else "magnitude"}
