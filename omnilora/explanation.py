@@ -7,6 +7,7 @@ the meta device from shapes.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,7 @@ from omnilora.core.parameterization import Leaf, Parameterization, is_still, to_
 from omnilora.core.site import Site
 from omnilora.core.state import AdapterState, SiteState, _on_meta
 from omnilora.core.targets import Targets, targets_from
-from omnilora.errors import BadValue, NotExpressible, OmniloraError, UnknownName, nearest
+from omnilora.errors import BadValue, NotExpressible, UnknownName, nearest
 
 
 @dataclass(frozen=True)
@@ -202,41 +203,42 @@ def _notes(method: Method, sites: Plan, held: bool) -> tuple[str, ...]:
 
 def _formats(model: nn.Module, method: Method, sites: Plan,
              tensors: Sequence[Mapping[str, Leaf]]) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """{"peft" …: {"can": bool, "why": str}}, by asking the writers with an adapter of zeros."""
-    from omnilora.io import export
-    from omnilora.io.peft import to_peft
+    """{"peft" …: {"can": bool, "why": str}}, and {"sites": {name: why}} where not, by asking the writers with an adapter of
+    zeros."""
+    from omnilora.io import formats
 
-    state = _zeros(model, method, sites, tensors)
-
-    def tried(write: Any) -> dict[str, Any]:
-        try:
-            write()
-        except OmniloraError as error:
-            return {"can": False, "why": f"{error.message} {error.remedy}".strip()}
-        return {"can": True, "why": ""}
-
-    out = {"omnilora": {"can": True, "why": ""}, "peft": tried(lambda: to_peft(state)),
-           "vllm": tried(lambda: to_peft(export._folded(state)))}  # fmt: skip
-    return out | {name: {"can": False, "why": "Not written yet."} for name in export.PLANNED}
+    state, like = _zeros(model, method, sites, tensors)
+    out: dict[str, dict[str, Any]] = {}
+    for name, form in formats.FORMATS.items():
+        why = formats.refusals(state, form, formats.Target(model))
+        out[name] = {"can": not why, "why": next(iter(why.values()), "")}
+        if why:
+            out[name]["sites"] = {other: text.replace(site, other) for site, text in why.items() if site for other in like[site]}
+    return out
 
 
-def _zeros(model: nn.Module, method: Method, sites: Plan, tensors: Sequence[Mapping[str, Leaf]]) -> AdapterState:
-    """An adapter of zeros: all own copies, and the first site of each kind, shape and parameterization."""
+def _zeros(model: nn.Module, method: Method, sites: Plan,
+           tensors: Sequence[Mapping[str, Leaf]]) -> tuple[AdapterState, dict[str, list[str]]]:  # fmt: skip
+    """(an adapter of zeros: all own copies, and the first site of each kind, name, shape and parameterization, which sites
+    each stands for)."""
     from omnilora.io.peft_facts import STORED, facts
 
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     paths = [n for n, _ in model.named_modules()]
-    known, made, pool = set(), {}, {}
+    known, like, made, pool = {}, {}, {}, {}
     for (site, how), leaves in zip(sites, tensors, strict=True):
-        kind = (repr(how), site.kind, site.fan_out, site.fan_in, site.region is None, type(site.layer))
+        kind = (repr(how), re.sub(r"\d+", "*", site.name), site.kind, site.fan_out, site.fan_in, site.region is None,
+                type(site.layer))  # fmt: skip
         if kind in known and not isinstance(how, Full):
+            like[known[kind]].append(site.name)
             continue
-        known.add(kind)
+        known[kind], like[site.name] = site.name, [site.name]
         own = {n: torch.zeros(1).expand(f.value.shape) for n, f in leaves.items() if f.shared is None}
         pool |= {f.shared: torch.zeros(1).expand(f.value.shape) for f in leaves.values() if f.shared is not None}
         tied = uses[id(site.layer._parameters.get(site.param))] > 1
         made[site.name] = SiteState(
             how, site.kind, how.first_scale(site), own, {n: f.role for n, f in leaves.items()},
             {n: f.shared for n, f in leaves.items() if f.shared is not None}, site.region,
-            {STORED: facts(site, paths=paths, tied=tied)} if site.param else {})  # fmt: skip
-    return AdapterState(method.key, dict(method.hyper), made, pool)
+            {STORED: facts(site, paths=paths, tied=tied)} if site.param else {},
+            (site.fan_out, site.fan_in))  # fmt: skip
+    return AdapterState(method.key, dict(method.hyper), made, pool), like

@@ -25,7 +25,7 @@ from omnilora.parameterizations.lora import LoRA
 from omnilora.verify import verify
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("list", "show", "verify", "explain", "train", "eval", "generate", "chat", "merge", "export", "info", "diff")
+COMMANDS = ("list", "show", "verify", "explain", "train", "eval", "generate", "chat", "merge", "export", "convert", "info", "diff")
 WORDS = [f"w{i}" for i in range(40)]
 
 
@@ -266,6 +266,32 @@ def test_export_of_a_folder(tmp_path):
     refused("export", "--adapter", tmp_path / "a", "--output", tmp_path / "x", "--for", "vlm", code="unknown-name")
 
 
+def test_convert_reads_and_writes_single_files(tmp_path):
+    a = adapter(tmp_path / "a", ol.method("lora", r=3))
+    made = ok("convert", tmp_path / "a", tmp_path / "k.safetensors", "--for", "kohya")
+    assert made["from"] == "omnilora" and made["worst"] == 0.0 and (tmp_path / "k.safetensors").is_file()
+    found = ok("info", tmp_path / "k.safetensors")
+    assert found["format"] == "single file" and set(found["layers"]) == {"lora_unet_0", "lora_unet_2"}
+    assert "under its own names" in run("info", tmp_path / "k.safetensors").stdout
+    state = ol.load_file(tmp_path / "k.safetensors")
+    b = next(s for s in ol.slots(a) if s.site.name == "2")
+    assert torch.equal(state.sites["lora_unet_2"].tensors["B"], b.B)
+    refused("convert", tmp_path / "k.safetensors", tmp_path / "p", "--for", "peft", code="not-expressible")
+    low = ok("convert", tmp_path / "k.safetensors", tmp_path / "low.safetensors", "--for", "kohya", "--rank", "1")
+    assert 0 < low["worst"] < 1
+    refused("convert", tmp_path / "none", tmp_path / "p", code="file-refused")
+    refused("convert", tmp_path / "a", tmp_path / "p", "--for", "kohia", code="unknown-name")
+
+
+def test_export_lists_what_holds_it(tmp_path):
+    adapter(tmp_path / "a", ol.method("loha", r=2))
+    found = ok("export", "--adapter", tmp_path / "a", "--formats")
+    assert found["lycoris"]["can"] and found["peft"]["can"] and found["omnilora"]["can"] and not found["llama.cpp"]["can"]
+    assert "Give the model" in found["llama.cpp"]["why"]
+    assert "yes" in run("export", "--adapter", tmp_path / "a", "--formats").stdout
+    refused("export", "--adapter", tmp_path / "a", code="bad-value")
+
+
 # -- a tiny language model, end to end -----------------------------------------------------------------------------------
 
 
@@ -328,6 +354,11 @@ def test_explain_reads_only_the_configuration(tiny):
     assert found["hyper"]["r"] == 3 and len(found["sites"]) == 8 and found["assumed"]["length"] == 10
     assert found["formats"]["peft"]["can"] and found["flop_ratio"] > 1
     assert "q_proj" in run("explain", "--model", tiny / "model", "--method", "lora").stdout
+    assert len(found["formats"]["llama.cpp"]["sites"]) == len(found["sites"])
+    dora = run("explain", "--model", tiny / "model", "--method", "dora", "--for", "llama.cpp")
+    assert "refuses 14 of 14 sites" in dora.stdout and "model.layers.*.self_attn.q_proj (2): llama.cpp takes LoRA" in dora.stdout
+    assert "takes lora on all 14 sites" in run("explain", "--model", tiny / "model", "--method", "lora", "--for", "gguf").stdout
+    refused("explain", "--model", tiny / "model", "--method", "lora", "--for", "ggml", code="unknown-name")
 
 
 def test_train_writes_a_run(tiny, trained):

@@ -1,4 +1,4 @@
-"""merge, export, info, diff: adapters in folders."""
+"""merge, info, diff: adapters in folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ AnyBase = Annotated[bool, typer.Option("--any-base", help="Do not check that the
 PROBE = "The quick brown fox jumps over the lazy dog. In 1912, 3 of 7 ships reached the harbour before noon."
 
 
-def info(path: Annotated[Path, typer.Argument(help="Folder of an adapter or of a run.")], json: AsJson = False) -> None:
+def info(
+    path: Annotated[Path, typer.Argument(help="Folder of an adapter or of a run, or an adapter's file.")], json: AsJson = False
+) -> None:
     """Say what a folder holds: method, sites, ranks, parameters, content hash, bases, file sizes. Needs no model.
 
     \b
@@ -65,7 +67,8 @@ def _show_run(run: dict[str, Any]) -> None:
 def _show_adapter(found: dict[str, Any]) -> None:
     hyper = ", ".join(f"{k}={v}" for k, v in found["hyper"].items())
     ranks = ", ".join(f"{r} at {n} site{'s' if n > 1 else ''}" for r, n in found["ranks"].items())
-    opened = f"written by omnilora {found['library']}" if found["library"] else "a bare PEFT folder"
+    foreign = {"peft": "a bare PEFT folder", "single file": "a single file under its own names", "llama.cpp": "a GGUF adapter"}
+    opened = f"written by omnilora {found['library']}" if found["library"] else foreign[found["format"]]
     print("\n".join((
         f"adapter       {found['path']}, {opened}",
         f"method        {found['method']}({hyper})",
@@ -119,43 +122,6 @@ def diff(
         print(table(("site", "of", "‖ΔA − ΔB‖ / ‖ΔA‖"), cells, right=(2,)))
         if len(found["sites"]) > len(rows):
             print(f"{len(found['sites']) - len(rows)} more sites; --top shows more.")
-
-
-def export(
-    adapter: Folder,
-    output: Output,
-    target: Annotated[str, typer.Option("--for", help="peft or vllm.")] = "peft",
-    rank: Annotated[int | None, typer.Option(help="Lower every map to plain LoRA of this rank (SVD).", min=1)] = None,
-    model: Annotated[str | None, typer.Option(help="The base; needed where lowering reads its weights.")] = None,
-    dtype: Dtype = "fp32",
-    json: AsJson = False,
-) -> None:
-    """Write an adapter for another program, with the error of each site stated.
-
-    \b
-    Examples:
-      omnilora export --adapter runs/first --output out/peft
-      omnilora export --adapter runs/dora --for vllm --rank 16 --model package:smollm2 --output out/vllm
-
-    --json: {path, for, rank, errors: {site: relative error of ΔW}, worst}.
-    """
-    from omnilora.cli.loading import adapter_folder, for_adapter, loaded
-    from omnilora.core.files import load_file
-    from omnilora.io.export import export as write
-
-    with quiet_stdout(json):
-        what: Any
-        if model is not None:
-            what, _, _ = loaded(for_adapter(adapter, None, None, model=model, dtype=dtype), adapter)
-        else:
-            what = load_file(adapter_folder(adapter))  # type: ignore[arg-type]
-        report = write(what, output, target, rank)
-    if json:
-        emit(report)
-        return
-    print(f"Wrote {report['path']} for {report['for']}.")
-    if rank is not None:
-        print(f"Largest relative error of ΔW at a site: {report['worst']:.3g}.")
 
 
 def merge(

@@ -14,11 +14,12 @@ from omnilora.core.files import MANIFEST, load_file, read_json
 from omnilora.core.parameterization import is_additive, to_config
 from omnilora.core.state import AdapterState, SiteState, delta
 from omnilora.errors import FileRefused, OmniloraError
+from omnilora.io.names import GGUF, NAMES
 
 
 def about(path: Path) -> dict[str, Any]:
     """Figures of an adapter's folder, or of a run's folder with those of its adapter inside."""
-    if (path / MANIFEST).is_file() or (path / "adapter_config.json").is_file():
+    if path.is_file() or (path / MANIFEST).is_file() or (path / "adapter_config.json").is_file():
         return about_adapter(path)
     if (path / "config.yaml").is_file():
         return about_run(path)
@@ -30,7 +31,8 @@ def about(path: Path) -> dict[str, Any]:
 
 def about_adapter(path: Path) -> dict[str, Any]:
     state = load_file(path)
-    files = {p.name: p.stat().st_size for p in sorted(path.iterdir()) if p.is_file()}
+    inside = [path] if path.is_file() else sorted(path.iterdir())
+    files = {p.name: p.stat().st_size for p in inside if p.is_file()}
     native = (path / MANIFEST).is_file()
     ranks: dict[str, int] = {}
     for s in state.sites.values():
@@ -42,7 +44,7 @@ def about_adapter(path: Path) -> dict[str, Any]:
         for name, s in state.sites.items()
     }  # fmt: skip
     return {
-        "path": str(path), "what": "adapter", "format": "omnilora" if native else "peft", "method": state.method,
+        "path": str(path), "what": "adapter", "format": kind_of(state, path), "method": state.method,
         "hyper": {k: to_config(v) for k, v in state.hyper.items()},
         "library": read_json(path / MANIFEST)["library"] if native else None,
         "sites": len(state.sites), "parameters": state.numel(), "ranks": ranks, "content": state.content(),
@@ -50,6 +52,15 @@ def about_adapter(path: Path) -> dict[str, Any]:
         "bases": {n: {"shape": list(f.shape), "digest": f.digest, "norm": f.norm} for n, f in state.base.items()},
         "extra": dict(state.extra), "layers": sites,
     }  # fmt: skip
+
+
+def kind_of(state: AdapterState, path: Path) -> str:
+    """Whose file it is."""
+    if (path / MANIFEST).is_file():
+        return "omnilora"
+    if state.extra.get(NAMES) == GGUF:
+        return "llama.cpp"
+    return "single file" if NAMES in state.extra else "peft"
 
 
 def about_run(path: Path) -> dict[str, Any]:

@@ -29,6 +29,8 @@ def explain(
     optimizer: Annotated[str | None, typer.Option(help="Default: the method's own, else adamw.")] = None,
     load_in_4bit: Annotated[bool | None, typer.Option("--load-in-4bit", help="Hold the base in NF4.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the base: auto, fp32, bf16 or fp16.")] = None,
+    target_format: Annotated[str | None, typer.Option(
+        "--for", help="Which sites this format refuses: peft, vllm, llama.cpp …")] = None,
     sites: Annotated[bool, typer.Option("--sites", help="Every site, not only groups of equal ones.")] = False,
     config: Config = None,
     sets: Sets = None,
@@ -40,10 +42,12 @@ def explain(
     Examples:
       omnilora explain --model package:smollm2 --method lora --set hyper.r=16
       omnilora explain --model package:smollm2 --method dora --target attention --length 1024
+      omnilora explain --model package:smollm2 --method dora --for llama.cpp
       omnilora explain --config run.yaml --json
 
     --json: an object with method, hyper, model, parameters, trainable, share, frozen, weights (bytes by dtype),
-    adapter, gradients, optimizer, activations, total (bytes), flop_ratio, plans, formats, assumed, notes, sites.
+    adapter, gradients, optimizer, activations, total (bytes), flop_ratio, plans,
+    formats (each can, why, and the sites refused), assumed, notes, sites.
     """
     from omnilora.cli.loading import configuration, skeleton
     from omnilora.core.method import method as by_name
@@ -52,13 +56,14 @@ def explain(
         config, sets, model=model, method=method, targets=target, exclude=exclude, unfreeze=unfreeze, task=task,
         batch_size=batch_size, max_length=length, load_in_4bit=load_in_4bit, dtype=dtype)  # fmt: skip
     how = by_name(made.method, **made.hyper)
+    form = None if target_format is None else _form(target_format)
     with quiet_stdout(json):
         base = skeleton(made)
         found = _explained(made, how, base, optimizer)
     if json:
         emit(found.as_dict())
         return
-    print(render(found, sites))
+    print(render(found, sites) if form is None else refused(found, form))
 
 
 def _explained(config: Any, how: Any, base: Any, optimizer: str | None) -> Any:
@@ -75,6 +80,26 @@ def _explained(config: Any, how: Any, base: Any, optimizer: str | None) -> Any:
     return of(base, how, targets, batch_size=config.batch_size, length=config.max_length or 512, optimizer=optimizer,
               store={"quant_type": "nf4"} if config.load_in_4bit else None, exclude=config.exclude,
               overrides=overrides or None, unfreeze=unfreeze, bias=config.bias, tied=config.tied)  # fmt: skip
+
+
+def _form(name: str) -> str:
+    from omnilora.io.formats import named
+
+    return named(name).name
+
+
+def refused(found: Any, form: str) -> str:
+    """What a format refuses of an Explanation, as text: sites that differ in a number only on one line."""
+    answer = found.formats[form]
+    if answer["can"]:
+        return f"{form} takes {found.method} on all {len(found.sites)} sites."
+    if not answer.get("sites"):
+        return f"{form} refuses {found.method}: {answer['why']}"
+    groups: dict[tuple[str, str], list[str]] = {}
+    for site, why in answer["sites"].items():
+        groups.setdefault((re.sub(r"\d+", "*", site), why.replace(f"{site}: ", "").replace(site, "it")), []).append(site)
+    lines = [f"  {site if len(names) > 1 else names[0]} ({len(names)}): {why}" for (site, why), names in groups.items()]
+    return f"{form} refuses {len(answer['sites'])} of {len(found.sites)} sites:\n" + "\n".join(lines)
 
 
 def _has_head(model: Any) -> bool:

@@ -29,9 +29,9 @@ def configuration(file: Path | None, sets: Sequence[str] | None, **options: Any)
 
 
 def adapter_folder(path: Path | None) -> Path | None:
-    """The adapter's folder: ``path``, or ``path/adapter`` of a run's folder."""
-    if path is None:
-        return None
+    """The adapter's folder or file: ``path``, or ``path/adapter`` of a run's folder."""
+    if path is None or path.is_file():
+        return path
     if not path.is_dir():
         raise FileRefused(f"{path} is no folder.", "Give the folder of an adapter or of a run.")
     here = any((path / name).is_file() for name in ("omnilora.json", "adapter_config.json"))

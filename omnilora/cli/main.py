@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from omnilora import __version__
-from omnilora.cli import adapters, applying, contest, explaining, generating, methods, training
+from omnilora.cli import adapters, applying, contest, converting, explaining, generating, methods, training
 from omnilora.cli.common import Commands
 
 app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -24,7 +24,8 @@ app.command("eval")(training.evaluate)
 app.command("generate")(generating.generate)
 app.command("chat")(generating.chat)
 app.command("merge")(adapters.merge)
-app.command("export")(adapters.export)
+app.command("export")(converting.export)
+app.command("convert")(converting.convert)
 app.command("info")(adapters.info)
 app.command("diff")(adapters.diff)
 

@@ -34,6 +34,7 @@ OWN = (MANIFEST, NATIVE, "adapter_config.json", "adapter_model.safetensors", "op
 MAX_JSON = 64 << 20
 MAX_HEADER = 32 << 20
 QUOTA = 16 << 30
+REREADS = 100
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 Foreign = Callable[[AdapterState], tuple[dict[str, Any], dict[str, Tensor]]]
@@ -167,6 +168,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], adapter: str | None = N
 
 def save_state(state: AdapterState, path: str | os.PathLike[str]) -> Path:
     """Save an adapter that is a value."""
+    return write_folder(path, files_of(state))
+
+
+def files_of(state: AdapterState) -> dict[str, bytes]:
+    """The files of an adapter's folder."""
     from omnilora.io import peft
 
     files: dict[str, bytes] = {}
@@ -179,7 +185,7 @@ def save_state(state: AdapterState, path: str | os.PathLike[str]) -> Path:
         files[NATIVE] = encode(_ordered(state.everything()))
         name = NATIVE
     files[MANIFEST] = _json(manifest(state, name))
-    return write_folder(path, files)
+    return files
 
 
 def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -261,20 +267,41 @@ def read_tensors(path: Path, quota: int = QUOTA) -> dict[str, Tensor]:
 
 
 def load_file(path: str | os.PathLike[str], quota: int = QUOTA) -> AdapterState:
-    """Read an adapter folder into a value; a bare PEFT folder loads as unproven."""
-    from omnilora.io import peft
+    """Read an adapter into a value: omnilora's folder, PEFT's, or a single file of kohya, LyCORIS, diffusers or llama.cpp.
 
+    Foreign files load as unproven. The sites of a single file have the file's names until it is put on a model. The
+    folder of a run stands for its adapter. Where another process replaces the folder meanwhile, it is read again.
+    """
     folder = Path(path)
-    if not folder.is_dir():
-        raise FileRefused(f"{folder} is no folder.", "Give the folder that ol.save wrote, or a PEFT adapter's.")
-    pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+    if not (folder / MANIFEST).exists() and (folder / "adapter" / MANIFEST).exists():
+        folder = folder / "adapter"
+    for _ in range(REREADS):
+        before = _identity(folder)
+        try:
+            state = _read(folder, quota)
+        except OmniloraError:
+            if _identity(folder) == before:
+                raise
+            continue
+        if _identity(folder) == before:
+            return state
+    raise FileRefused(f"{folder} is replaced faster than it can be read.", "Read it when its writer has finished.")
+
+
+def _identity(folder: Path) -> tuple[int, int, int] | None:
+    """Folders are replaced as a whole: the same identity before and after reading means one content."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def _read(folder: Path, quota: int) -> AdapterState:
+    from omnilora.io import formats
+
     if not (folder / MANIFEST).exists():
-        if (folder / "adapter_config.json").exists() and (folder / "adapter_model.safetensors").exists():
-            return peft.from_peft(read_json(folder / "adapter_config.json"),
-                                  read_tensors(folder / "adapter_model.safetensors", quota))  # fmt: skip
-        if pickles:
-            raise FileRefused(f"{folder.name} holds {pickles[0]}, a pickle.", "Pickles execute code; convert to safetensors.")
-        raise FileRefused(f"{folder} holds neither {MANIFEST} nor a PEFT adapter.")
+        return formats.read(folder, quota)
     data = read_json(folder / MANIFEST)
     if data.get("format") != FORMAT:
         raise FileRefused(f"{MANIFEST} has format {data.get('format')!r}.", f"This version reads format {FORMAT}.")
@@ -331,17 +358,19 @@ def _assemble(data: Mapping[str, Any], tensors: dict[str, Tensor]) -> AdapterSta
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", *, check_base: bool = True,
-         quota: int = QUOTA) -> dict[str, Any]:  # fmt: skip
+         quota: int = QUOTA, part: str | None = None) -> dict[str, Any]:  # fmt: skip
     """Put a saved adapter on ``model``, all or nothing, and activate it.
+
+    Args:
+        path: what :func:`load_file` reads.
+        part: of a file that covers a pipeline, which part ``model`` is: "unet", "te", "te2" ….
 
     Returns: {"sites", "parameters", "base": verdict, "distance"}. Raises typed errors for damaged files, another
     base, or tensors that do not fit.
     """
     from omnilora.io import peft
+    from omnilora.io.names import placed
 
-    home = Path(path)
-    if not (home / MANIFEST).exists() and (home / "adapter" / MANIFEST).exists():
-        home = home / "adapter"  # the folder of a run
-    read = load_file(home, quota)
+    read = placed(load_file(path, quota), model, part)
     peft.check_facts(model, read)
     return states.load_state(model, read, name, check_base=check_base)

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as encode
 from torch import Tensor, nn
 
 from omnilora.core import state as states
-from omnilora.core.attach import slots
+from omnilora.core.attach import detach, slots
 from omnilora.core.context import Context
-from omnilora.core.files import write_folder
+from omnilora.core.files import QUOTA, load_file
 from omnilora.core.layer import merged_matrix
 from omnilora.core.parameterization import Slot, is_additive
 from omnilora.core.run import _the_adapter as the_adapter
 from omnilora.core.site import Base, called_site
 from omnilora.core.state import AdapterState, SiteState
-from omnilora.errors import BadValue, NotExpressible, UnknownName, nearest
-from omnilora.io.peft import noted, to_peft
+from omnilora.errors import BadValue, NotExpressible
+from omnilora.io import formats, names
+from omnilora.io.lycoris import plain
+from omnilora.io.peft import noted
 from omnilora.io.peft_facts import STORED
 from omnilora.io.peft_names import family_of
 from omnilora.parameterizations.lora import LoRA
 
-WRITTEN = ("peft", "vllm")
-PLANNED = ("llama.cpp", "diffusers")
 Factors = tuple[Tensor, Tensor, float]  # B, A, relative error
 
 
@@ -38,38 +37,78 @@ def export(
     for_: str = "peft",
     rank: int | None = None,
     adapter: str | None = None,
+    part: str | None = None,
 ) -> dict[str, Any]:
     """Write an adapter in another program's format.
 
     Args:
-        for_: "peft", or "vllm": PEFT's layout with one rank, α = r, the scale of each site in B, and nothing but LoRA.
+        path: a folder; for formats of one file also that file's name.
+        for_: a name of :data:`omnilora.io.formats.FORMATS`: peft, vllm, llama.cpp, diffusers, kohya, lycoris, omnilora.
         rank: lower every map to plain LoRA of this rank: the truncated SVD of (adapted − base) at each site.
         adapter: which one, if the model has several.
+        part: for kohya and diffusers, which part of a pipeline the layers belong to: "unet", "te", "te2" ….
 
     Returns: {"path", "for", "rank", "errors": {site: ‖D − B A‖/‖D‖}, "worst"}; errors are 0 where nothing was lowered.
     Raises: NotExpressible, naming the site and the reason.
     """
-    if for_ in PLANNED:
-        raise NotExpressible(f"Export for {for_!r} is not written yet.", f"Available: {', '.join(WRITTEN)}.")
-    if for_ not in WRITTEN:
-        raise UnknownName(f"No export for {for_!r}.", nearest(for_, WRITTEN + PLANNED))
+    form = formats.named(for_)
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise BadValue(f"rank = {rank!r} is no rank.", "Give an integer ≥ 1.")
     model = model_or_state if isinstance(model_or_state, nn.Module) else None
     given = states.state(model_or_state, adapter) if isinstance(model_or_state, nn.Module) else model_or_state
     state = noted(model, given) if model is not None else given
+    return written(state, path, form, rank, formats.Target(model, part), model, adapter)
+
+
+def written(state: AdapterState, path: str | os.PathLike[str], form: formats.Format, rank: int | None,
+            to: formats.Target, adapted: nn.Module | None = None, adapter: str | None = None) -> dict[str, Any]:  # fmt: skip
+    """Lower where a rank is given, write, and state the error of each site. ``adapted``: a model with the adapter on it."""
     errors = dict.fromkeys(state.sites, 0.0)
     if rank is not None:
-        state, errors = _lowered(state, rank, model, adapter)
-    if for_ == "vllm":
-        state = _folded(state)
-    config, tensors = to_peft(state)
-    text = json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    data = {k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)}
-    target = write_folder(path, {"adapter_config.json": text.encode(),
-                                 "adapter_model.safetensors": encode(data, {"format": "pt"})})  # fmt: skip
+        state, errors = _lowered(state, rank, adapted, adapter)
+    target = formats.write(state, path, form, to)
     worst = max(errors.values(), default=0.0)
-    return {"path": str(target), "for": for_, "rank": rank, "errors": errors, "worst": worst}
+    return {"path": str(target), "for": form.name, "rank": rank, "errors": errors, "worst": worst}
+
+
+def convert(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    for_: str = "peft",
+    model: nn.Module | None = None,
+    rank: int | None = None,
+    part: str | None = None,
+) -> dict[str, Any]:
+    """Any readable adapter in any writable format.
+
+    Args:
+        source: what ``ol.load_file`` reads.
+        model: the base, to find the layers of files whose names have lost their dots, and what a layer is; it may be on
+            the meta device. Where lowering reads base weights it needs them.
+        rank, part: as in :func:`export`; ``part`` also chooses among the models that a source covers.
+
+    Returns: what :func:`export` returns, and "from", what was read.
+    """
+    form = formats.named(for_)
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise BadValue(f"rank = {rank!r} is no rank.", "Give an integer ≥ 1.")
+    origin = Path(source)
+    kind = formats.recognised(origin, QUOTA) if origin.exists() else None
+    state = load_file(origin)
+    adapted = None
+    if model is not None:
+        state = names.known(model, names.placed(state, model, part))
+        if rank is not None and any(not is_additive(s.how) or s.region for s in state.sites.values()):
+            states.load_state(model, state, "convert", check_base=False)
+            adapted = model
+    elif part is not None and names.is_raw(state):
+        state = names.only(state, part)
+    try:
+        report = written(state, path, form, rank, formats.Target(model, part), adapted, "convert")
+    finally:
+        if adapted is not None:
+            detach(adapted, "convert")
+    return {"from": kind, **report}
 
 
 def _lowered(state: AdapterState, rank: int, model: nn.Module | None,
@@ -155,22 +194,25 @@ def truncated(d: Tensor | tuple[Tensor, Tensor], rank: int) -> Factors:
     return b.float().cpu().contiguous(), a.float().cpu().contiguous(), lost
 
 
-def _folded(state: AdapterState) -> AdapterState:
+def folded(state: AdapterState) -> AdapterState:
     """Linear LoRA of one rank with scale 1: B takes the scale, shorter factors are filled with zeros."""
-    r = 0
+    thin: dict[str, tuple[Tensor, Tensor, float]] = {}
     for name, s in state.sites.items():
-        if type(s.how) is not LoRA or s.kind != "linear":
+        if s.region is not None:
+            raise NotExpressible(f"{name} is a slice of a fused layer.", "Give rank= and the model to lower it.")
+        ba = plain(name, s, state) if s.kind == "linear" else None
+        if ba is None:
             what = "an own copy" if family_of(s.how) == "own" else f"{type(s.how).__name__} on a {s.kind}"
             raise NotExpressible(f"{name}: vLLM serves LoRA of linear layers, not {what}.",
                                  "Give rank= to lower it, or leave it out.")  # fmt: skip
-        if s.region is not None:
-            raise NotExpressible(f"{name} is a slice of a fused layer.", "Give rank= and the model to lower it.")
-        r = max(r, s.tensor("A", state).shape[0])
+        thin[name] = ba
+    r = max((a.shape[0] for _, a, _ in thin.values()), default=0)
     sites = {}
-    for name, s in state.sites.items():
-        a, b = s.tensor("A", state), s.tensor("B", state) * s.scale
+    for name, (b, a, scale) in thin.items():
         pad = r - a.shape[0]
-        tensors = {"A": nn.functional.pad(a, (0, 0, 0, pad)), "B": nn.functional.pad(b, (0, pad))}
-        how = LoRA(r=r, alpha=float(r), dropout=s.how.dropout)  # type: ignore[attr-defined]
-        sites[name] = replace(s, how=how, scale=1.0, tensors=tensors, shared={})
+        s = state.sites[name]
+        tensors = {"A": nn.functional.pad(a, (0, 0, 0, pad)), "B": nn.functional.pad(b * scale, (0, pad))}
+        dropout = s.how.dropout if type(s.how) is LoRA else 0.0
+        sites[name] = replace(s, how=LoRA(r=r, alpha=float(r), dropout=dropout), scale=1.0, tensors=tensors, shared={},
+                              roles={"A": "input", "B": "output"})  # fmt: skip
     return replace(state, sites=sites, shared={})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,11 +15,14 @@ from omnilora.errors import NotExpressible
 from omnilora.io.peft_facts import STORED, check_facts, noted
 from omnilora.io.peft_names import PREFIX, Entry, entries, family_of, lora_of, renamed, split
 from omnilora.io.peft_read import from_peft
+from omnilora.io.peft_relatives import RELATIVES
+from omnilora.io.peft_values import alpha_for, one, patterns
 from omnilora.parameterizations.dora import DoRA
 from omnilora.parameterizations.shifted import ShiftedLoRA
 
-__all__ = ["check_facts", "from_peft", "noted", "to_native", "to_peft"]
+__all__ = ["alpha_for", "check_facts", "from_peft", "noted", "to_native", "to_peft"]
 
+WITH_TOKENS = ("LORA", "ADALORA")  # the types that train single tokens and bare parameters
 NO_MODULES = "dummy-target-modules"  # PEFT's word for an adapter of own copies only
 
 
@@ -41,7 +43,8 @@ def to_peft(state: AdapterState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     adapted = {n: s for n, s in state.sites.items() if family_of(s.how) == family}
     config: dict[str, Any] = {"peft_type": family, "task_type": None, "base_model_name_or_path": None,
                               "inference_mode": True, "fan_in_fan_out": _turned(state)}  # fmt: skip
-    config |= {"LORA": _lora, "ADALORA": _adalora, "VERA": _vera}[family](adapted)
+    writers = {"LORA": _lora, "ADALORA": _adalora, "VERA": _vera, **{f: r.config for f, r in RELATIVES.items()}}
+    config |= writers[family](adapted)
     config |= _targets(adapted, family) | _own(state, adapted, family)
     return config, _tensors(table, state)
 
@@ -78,38 +81,13 @@ def _path(name: str, s: SiteState) -> str:
     return name if s.kind != "tensor" else ".".join(split(name, s.kind))
 
 
-def _one(adapted: Mapping[str, SiteState], what: str, values: Mapping[str, Any]) -> Any:
-    """The value that all sites share. Raises NotExpressible where PEFT has one for the adapter and we have several."""
-    first = next(iter(values), None)
-    for name, value in values.items():
-        if value != values[first]:
-            raise NotExpressible(f"{name} has {what} {value!r}, {first} has {values[first]!r}; PEFT has one for all.")
-    return None if first is None else values[first]
-
-
-def alpha_for(scale: float, divisor: float) -> float:
-    """α with α / divisor == scale, to the last bit where a float exists; whole numbers as integers."""
-    guess = scale * divisor
-    for alpha in (float(round(guess)), guess, math.nextafter(guess, math.inf), math.nextafter(guess, -math.inf)):
-        if alpha / divisor == scale:
-            return int(alpha) if alpha.is_integer() else alpha
-    return guess
-
-
-def _patterns(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """(the most frequent value, {anchored path: value} of the others)."""
-    counts = Counter(values.values())
-    default = min(counts, key=lambda v: (-counts[v], v))
-    return default, {f"^{re.escape(n)}": v for n, v in values.items() if v != default}
-
-
 def _lora(adapted: Mapping[str, SiteState]) -> dict[str, Any]:
     if not adapted:
         return {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False,
                 "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True}  # fmt: skip
-    dora = _one(adapted, "DoRA", {n: type(s.how) is DoRA for n, s in adapted.items()})
+    dora = one(adapted, "DoRA", {n: type(s.how) is DoRA for n, s in adapted.items()})
     sqrt = all(lora_of(s.how).scaling == "alpha/sqrt(r)" for s in adapted.values())
-    dropout = _one(adapted, "dropout", {n: lora_of(s.how).dropout for n, s in adapted.items() if s.kind != "embedding"})
+    dropout = one(adapted, "dropout", {n: lora_of(s.how).dropout for n, s in adapted.items() if s.kind != "embedding"})
     raw = [n for n, s in adapted.items() if s.kind == "tensor"]
     if raw and dropout:
         raise NotExpressible(f"{raw[0]}: PEFT refuses dropout with target_parameters.", "Set dropout=0.")
@@ -120,17 +98,17 @@ def _lora(adapted: Mapping[str, SiteState]) -> dict[str, Any]:
         r *= 2 if type(s.how) is ShiftedLoRA else 1  # (A; A₀) and (B, −B₀)
         ranks[_path(name, s)] = r
         alphas[_path(name, s)] = alpha_for(s.scale, math.sqrt(r) if sqrt else r)
-    r, rank_pattern = _patterns(ranks)
-    alpha, alpha_pattern = _patterns(alphas)
+    r, rank_pattern = patterns(ranks)
+    alpha, alpha_pattern = patterns(alphas)
     return {"r": r, "lora_alpha": alpha, "lora_dropout": dropout or 0.0, "use_rslora": sqrt, "use_dora": dora,
             "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "init_lora_weights": True}  # fmt: skip
 
 
 def _adalora(adapted: Mapping[str, SiteState]) -> dict[str, Any]:
     """PEFT scales every site by α / (initial rank + 1e-5), whatever rank is left."""
-    r = _one(adapted, "r", {n: s.how.r for n, s in adapted.items()})  # type: ignore[attr-defined]
-    scale = _one(adapted, "scale", {n: s.scale for n, s in adapted.items()})
-    dropout = _one(adapted, "dropout", {n: s.how.dropout for n, s in adapted.items()})  # type: ignore[attr-defined]
+    r = one(adapted, "r", {n: s.how.r for n, s in adapted.items()})  # type: ignore[attr-defined]
+    scale = one(adapted, "scale", {n: s.scale for n, s in adapted.items()})
+    dropout = one(adapted, "dropout", {n: s.how.dropout for n, s in adapted.items()})  # type: ignore[attr-defined]
     if scale <= 0:
         raise NotExpressible(f"PEFT's AdaLoRA takes no scale of {scale!r}.")
     left = {n: int(s.tensors["lam"].shape[0]) for n, s in adapted.items()}
@@ -147,7 +125,7 @@ def _vera(adapted: Mapping[str, SiteState]) -> dict[str, Any]:
     for name, s in adapted.items():
         if s.scale != 1.0:
             raise NotExpressible(f"{name} has scale {s.scale!r}; PEFT's VeRA has none.")
-    how: Any = _one(adapted, "hyper-parameters", {n: s.how for n, s in adapted.items()})
+    how: Any = one(adapted, "hyper-parameters", {n: s.how for n, s in adapted.items()})
     return {"r": how.r, "vera_dropout": how.dropout, "d_initial": how.d_init, "projection_prng_key": how.seed,
             "save_projection": True, "init_weights": True}  # fmt: skip
 
@@ -160,7 +138,7 @@ def _targets(adapted: Mapping[str, SiteState], family: str) -> dict[str, Any]:
     stray = any(p.endswith(f".{n}") and p not in adapted for n in modules for p in _alike(adapted[n]))
     targets: Any = modules if modules or raw else NO_MODULES
     out = {"target_modules": "|".join(map(re.escape, modules)) if stray else targets}
-    return out if family == "VERA" else out | {"target_parameters": raw or None}
+    return out | {"target_parameters": raw or None} if family in WITH_TOKENS else out
 
 
 def _alike(s: SiteState) -> list[str]:
@@ -188,13 +166,15 @@ def _own(state: AdapterState, adapted: Mapping[str, SiteState], family: str) -> 
     whole = sorted(set(by_module) - biases)
     for module in whole:
         _check_whole(module, by_module[module])
-    if tokens and family == "VERA":
-        raise NotExpressible("PEFT's VeRA trains no single tokens.")
-    only = "lora_only" if family != "VERA" else "vera_only"
+    if tokens and family not in WITH_TOKENS:
+        raise NotExpressible(f"PEFT's {family} trains no single tokens.")
+    only = RELATIVES[family].only if family in RELATIVES else "vera_only" if family == "VERA" else "lora_only"
+    if biases and not only:
+        raise NotExpressible(f"{min(biases)}.bias: PEFT's {family} trains no biases.", "Leave them out.")
     bias = "none" if not biases else only if all(m in adapted for m in biases) else "all"
     saved = [anchored(m, next(iter(by_module[m].values()))) for m in whole]
-    out: dict[str, Any] = {"bias": bias, "modules_to_save": saved or None}
-    return out if family == "VERA" else out | {"trainable_token_indices": tokens or None}
+    out: dict[str, Any] = {"modules_to_save": saved or None} | ({"bias": bias} if only else {})
+    return out | {"trainable_token_indices": tokens or None} if family in WITH_TOKENS else out
 
 
 def _check_whole(module: str, params: Mapping[str, SiteState]) -> None:

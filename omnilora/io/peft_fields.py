@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,25 +14,36 @@ FIELDS: dict[str, str] = {
     **dict.fromkeys(("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern",
                      "alpha_pattern", "lora_bias", "bias", "modules_to_save", "target_parameters", "target_modules",
                      "trainable_token_indices", "init_lora_weights", "init_r", "projection_prng_key",
-                     "save_projection", "vera_dropout", "d_initial"), "read"),
+                     "save_projection", "vera_dropout", "d_initial", "alpha", "feedforward_modules", "oft_block_size",
+                     "use_cayley_neumann", "num_cayley_neumann_terms", "coft", "block_share", "randlora_alpha", "n_frequency",
+                     "n_frequency_pattern", "scaling", "random_loc_seed", "boft_block_size", "boft_n_butterfly_factor",
+                     "decompose_factor", "decompose_both", "use_effective_conv2d"), "read"),
     **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "init_weights",
                      "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
                      "lora_ga_config", "qalora_group_size", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2",
-                     "orth_reg_weight", "total_step"), "hint"),
+                     "orth_reg_weight", "total_step", "rank_dropout", "module_dropout", "rank_dropout_scale", "boft_dropout",
+                     "randlora_dropout", "hira_dropout", "init_ia3_weights", "eps", "boft_block_num", "sparse",
+                     "very_sparse"), "hint"),
     **dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "peft_version", "auto_mapping",
-                     "inference_mode", "runtime_config"), "note"),
+                     "inference_mode", "runtime_config", "merge_weights", "target_rank", "adapter_name"), "note"),
     **dict.fromkeys(("use_qalora", "alora_invocation_tokens", "layer_replication", "velora_config",
-                     "monteclora_config", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
+                     "monteclora_config", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying", "enable_lora"),
                     "refused"),
 }  # fmt: skip
 KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
+
 def check_fields(config: Mapping[str, Any]) -> None:
-    """Raises UnknownName or NotExpressible for a field that may change the map in a way that is not read."""
+    """Raises UnknownName or NotExpressible for a field that may change the map in a way that is not read; warns of an unknown
+    number or word, which belongs to a switch that is off."""
     for key, value in config.items():
         use = FIELDS.get(key)
         neutral = value is None or value is False or value == {} or value == []
         if use in ("read", "hint", "note") or neutral:
+            continue
+        if use is None and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            warnings.warn(f"adapter_config.json has the unknown field {key!r} = {str(value)[:60]!r}; it is not read.",
+                          stacklevel=2)  # fmt: skip
             continue
         if use is None:
             raise UnknownName(f"adapter_config.json has the unknown field {key!r} = {str(value)[:60]!r}, which may "

@@ -16,6 +16,7 @@ from omnilora.core.parameterization import Parameterization
 from omnilora.core.state import AdapterState, SiteState
 from omnilora.errors import FileRefused, NotExpressible
 from omnilora.io.peft_facts import STORED, shape_of
+from omnilora.io.peft_relatives import FAMILY, RELATIVES
 from omnilora.parameterizations.dora import DoRA
 from omnilora.parameterizations.lora import LoRA
 from omnilora.parameterizations.run_lora import RunLoRA
@@ -70,7 +71,7 @@ def family_of(how: Parameterization) -> str | None:
         return "LORA" if how.conv_layout == "peft" else None  # type: ignore[attr-defined]
     if kind is DoRA:
         return family_of(how.inner) if type(how.inner) is LoRA else None  # type: ignore[attr-defined]
-    return {SVD: "ADALORA", VeRA: "VERA", Full: "own"}.get(kind)
+    return {SVD: "ADALORA", VeRA: "VERA", Full: "own", **FAMILY}.get(kind)
 
 
 def lora_of(how: Parameterization) -> LoRA:
@@ -154,6 +155,9 @@ def _native(name: str, tensor: str, s: SiteState) -> str:
 
 
 def _layer(name: str, s: SiteState, family: str, state: AdapterState | None) -> Iterable[Entry]:
+    if family in RELATIVES:
+        yield from _relative(name, s, family, state)
+        return
     allowed = {"LORA": ("linear", "embedding", "conv"), "ADALORA": ("linear", "conv"), "VERA": ("linear",)}[family]
     if s.kind not in allowed:
         raise NotExpressible(f"{name}: PEFT's {family} does not adapt a {s.kind}.")
@@ -180,6 +184,20 @@ def _layer(name: str, s: SiteState, family: str, state: AdapterState | None) -> 
         if tensor == "B0":
             pack, unpack = _minus(pack), _minus(unpack)
         yield Entry(name, tensor, native, f"{PREFIX}{name}.{leaves[last]}", pack, unpack, half)
+
+
+def _relative(name: str, s: SiteState, family: str, state: AdapterState | None) -> Iterable[Entry]:
+    relative = RELATIVES[family]
+    if s.kind not in relative.kinds:
+        raise NotExpressible(f"{name}: PEFT's {family} does not adapt a {s.kind}.")
+    shape = _conv_shape(name, s, family, state) if s.kind == "conv" and state is not None else ()
+    if relative.pointwise and any(k != 1 for k in shape[2:]):
+        raise NotExpressible(f"{name}: PEFT's {family} of a convolution with a kernel larger than 1 is no product with a weight.")
+    if s.kind == "embedding" and state is not None and "A" in s.roles:
+        _check_padding(name, s, state)
+    for tensor, leaf, pack, unpack in relative.leaves(s, shape):
+        whole = (relative.shared or {}).get(tensor)
+        yield Entry(name, tensor, _native(name, tensor, s), whole or f"{PREFIX}{name}.{leaf}", pack, unpack)
 
 
 def _check_padding(name: str, s: SiteState, state: AdapterState) -> None:

@@ -16,10 +16,13 @@ from omnilora.core.full import Full
 from omnilora.core.parameterization import Parameterization
 from omnilora.core.site import read_site
 from omnilora.core.state import AdapterState, SiteState
-from omnilora.errors import BadValue, FileRefused, NotExpressible, OmniloraError
+from omnilora.errors import FileRefused, NotExpressible, OmniloraError
+from omnilora.io.names import UNSURE
 from omnilora.io.peft_facts import STORED
 from omnilora.io.peft_fields import check_fields
 from omnilora.io.peft_names import PREFIX, SHARED, TOKENS, entries, nested, renamed
+from omnilora.io.peft_relatives import RELATIVES
+from omnilora.io.peft_values import matched, targeted
 from omnilora.parameterizations.dora import DoRA
 from omnilora.parameterizations.lora import LoRA
 from omnilora.parameterizations.svd import SVD
@@ -30,7 +33,10 @@ _SUFFIXES = {
              "lora_magnitude_vector"),
     "ADALORA": ("lora_A", "lora_B", "lora_E"),
     "VERA": ("vera_lambda_b", "vera_lambda_d"),
+    "LN_TUNING": ("ln_tuning_layers.weight", "ln_tuning_layers.bias"),
+    **{family: r.suffixes for family, r in RELATIVES.items()},
 }  # fmt: skip
+_KEYS = {"ADALORA": "adalora", "VERA": "vera", "LN_TUNING": "ln_tuning", **{f: f.lower() for f in RELATIVES}}
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT writes their base weights when they are targeted or resized
 
 
@@ -56,10 +62,11 @@ def _state(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fan_in: int
     family = str(config.get("peft_type"))
     if family not in _SUFFIXES:
         raise NotExpressible(f"peft_type {family!r} cannot be read.", f"Readable: {', '.join(_SUFFIXES)}.")
-    found = _sort(family, config, tensors)
+    found = _sort(family, config, plain_names(tensors))
     if family == "VERA" and SHARED["A"] not in found.rest:
         found.rest |= _drawn(config, found, fan_in)
-    sites = {"LORA": _lora, "ADALORA": _adalora, "VERA": _vera}[family](config, found)
+    readers = {"LORA": _lora, "ADALORA": _adalora, "VERA": _vera}
+    sites = readers[family](config, found) if family in readers else _relatives(family, config, found)
     sites |= _own(found)
     native = renamed(entries(sites), found.rest)
     sites = {n: replace(s, tensors={k: native[f"{n}::{k}"] for k in s.roles if k not in s.shared})
@@ -67,8 +74,37 @@ def _state(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fan_in: int
     shared = {k.removeprefix("shared::"): t for k, t in native.items() if k.startswith("shared::")}
     for site, shift in found.shifts.items():
         sites[site] = _shifted(sites.get(site), shift * sites[site.rpartition(".")[0]].scale)
-    key = {"ADALORA": "adalora", "VERA": "vera"}.get(family, "dora" if config.get("use_dora") else "lora")
+    key = _KEYS.get(family, "dora" if config.get("use_dora") else "lora")
     return AdapterState(key, {}, sites, shared, found.base)
+
+
+# first versions of PEFT, and state dicts that were saved by hand: the adapter's name behind the leaf, wrappers in front
+_LEAF = (r"lora_(?:embedding_)?[ABE]|lora_magnitude_vector|ia3_l|hada_\w+|lokr_\w+|vera_lambda_[bd]|oft_R|boft_[RsP]"
+         r"|hira_(?:embedding_)?[AB]|fourierft_spectrum|randlora_\w+|modules_to_save")  # fmt: skip
+_NAMED = re.compile(rf"(\.(?:{_LEAF}))\.(?!weight$|bias$)[^.]+(?=$|\.)")
+
+
+def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names of PEFT's files, whatever version or hand wrote them."""
+    bare = not any(k.startswith("base_model.") for k in tensors)
+    out: dict[str, Tensor] = {}
+    for key, t in tensors.items():
+        if key.endswith(".ranknum") or ".ranknum." in key:  # AdaLoRA's count of ranks, no part of the map
+            continue
+        name = _NAMED.sub(lambda m: m[1], key.replace("_orig_mod.", ""))
+        name = f"{PREFIX}{name}" if bare and _leaf_of_any(name) else name
+        if ".modules_to_save." in name and name != key:
+            name = name.replace(".modules_to_save.", ".")
+        if name in out and not torch.equal(out[name], t):
+            raise FileRefused(f"Unexpected tensor {key!r}: {name!r} is there twice.", "The file is damaged.")
+        out[name] = t
+    if any(k not in tensors for k in out):  # the copies under the adapter's name stand for the originals
+        out = {k: t for k, t in out.items() if ".original_module." not in k}
+    return out
+
+
+def _leaf_of_any(name: str) -> bool:
+    return any(name.endswith(f".{leaf}") for leaves in _SUFFIXES.values() for leaf in leaves)
 
 
 class _Found:
@@ -88,7 +124,8 @@ def _sort(family: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor])
     leaf = re.compile(rf"(?P<module>.+?)(?P<deep>(\.base_layer)*)\.(?P<leaf>{leaves})")
     out, base_keys = _Found(), {}
     for key, t in tensors.items():
-        if family == "VERA" and key in SHARED.values():
+        shared = SHARED if family == "VERA" else RELATIVES[family].shared or {} if family in RELATIVES else {}
+        if key in shared.values():
             out.rest[key] = t
             continue
         if not key.startswith(PREFIX):
@@ -97,6 +134,12 @@ def _sort(family: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor])
         m = leaf.fullmatch(path)
         if m is not None and m["leaf"] == "lora_B.bias":
             out.shifts[f"{m['module']}.bias"] = t
+        elif m is not None and m["leaf"] in (RELATIVES[family].dropped if family in RELATIVES else ()):
+            continue
+        elif m is not None and family == "LN_TUNING":
+            name = f"{m['module']}.{m['leaf'].rpartition('.')[2]}"
+            out.own[name] = t
+            out.rest[f"{PREFIX}{name}"] = t
         elif m is not None:
             depth = m["deep"].count(".base_layer")
             out.layers.setdefault(m["module"], {}).setdefault(depth, {})[m["leaf"]] = t
@@ -148,7 +191,8 @@ def _base_tensor(path: str, t: Tensor, config: Mapping[str, Any], out: _Found) -
     if not (owned or biased or module.rpartition(".")[2] in _EMBEDDINGS):
         raise FileRefused(f"Unexpected tensor {PREFIX + path!r}.", "No field of the config asks for it.")
     out.own[f"{wrapped}.{param}" if wrapped else param] = t
-    out.rest[f"{PREFIX}{path}"] = t
+    inside = biased and wrapped in out.layers  # before 0.6 PEFT's layers were the base's, not around them
+    out.rest[f"{PREFIX}{wrapped}.base_layer.{param}" if inside else f"{PREFIX}{path}"] = t
 
 
 def _print_of(t: Tensor) -> Fingerprint:
@@ -157,20 +201,9 @@ def _print_of(t: Tensor) -> Fingerprint:
     return fingerprint(read_site("weight", shell, "weight"))
 
 
-def _pattern(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the path."""
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", key):
-                return value
-        except re.error as error:
-            raise BadValue(f"The pattern {pattern!r} is no regular expression: {error}.") from error
-    return (patterns or {}).get(key, default)
-
-
 def _made(config: Mapping[str, Any], key: str, leaves: Mapping[str, Tensor]) -> tuple[Parameterization, float]:
-    r = int(_pattern(config.get("rank_pattern"), key, config.get("r", 8)))
-    alpha = float(_pattern(config.get("alpha_pattern"), key, config.get("lora_alpha", 8)))
+    r = int(matched(config.get("rank_pattern"), key, config.get("r", 8)))
+    alpha = float(matched(config.get("alpha_pattern"), key, config.get("lora_alpha", 8)))
     sqrt = bool(config.get("use_rslora"))
     lora = LoRA(r, alpha, float(config.get("lora_dropout") or 0.0), "alpha/sqrt(r)" if sqrt else "alpha/r")
     how = DoRA(lora) if "lora_magnitude_vector" in leaves else lora
@@ -220,16 +253,9 @@ def _site(module: str, config: Mapping[str, Any], leaves: Mapping[str, Tensor]) 
     return SiteState(how, kind, scale, {}, roles, marks=marks)
 
 
-def _targeted(module: str, config: Mapping[str, Any]) -> bool:
-    wanted = config.get("target_modules") or ()
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
-    return any(module == w or module.endswith(f".{w}") for w in wanted)
-
-
 def _params_at(module: str, config: Mapping[str, Any]) -> list[str]:
     """The targeted parameters of a module, innermost first."""
-    if _targeted(module, config):
+    if targeted(config.get("target_modules"), module):
         return []
     hits = set()
     for target in config["target_parameters"]:
@@ -239,6 +265,20 @@ def _params_at(module: str, config: Mapping[str, Any]) -> list[str]:
     probe = {f"{module}.{p}": SiteState(LoRA(), "tensor", 1.0, {}, {}) for p in hits}
     deep = nested(probe)
     return [n.rpartition(".")[2] for n in sorted(deep, key=lambda n: -deep[n][1])]
+
+
+def _relatives(family: str, config: Mapping[str, Any], found: _Found) -> dict[str, SiteState]:
+    if family == "LN_TUNING":
+        return {}
+    sites = {}
+    for module, levels in found.layers.items():
+        if set(levels) != {0}:
+            raise FileRefused(f"{module} is wrapped {max(levels) + 1} times.", "The file is damaged.")
+        s = RELATIVES[family].site(module, config, levels[0])
+        s.how.check()
+        unsure = s.kind == "linear" and "conv" in RELATIVES[family].kinds
+        sites[module] = replace(s, marks={**s.marks, UNSURE: RELATIVES[family].pointwise}) if unsure else s
+    return sites
 
 
 def _adalora(config: Mapping[str, Any], found: _Found) -> dict[str, SiteState]:

@@ -1,0 +1,244 @@
+"""Golden files of other libraries: read with equal outputs, written back with the same tensors. See golden/README.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from golden.make import IDS, LYCORIS, UNET_INPUTS, Net
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import omnilora as ol
+from omnilora.core.method import Method
+from omnilora.errors import BadValue, FileRefused, NeedsExtra, NotExpressible, StateMismatch
+from omnilora.io import names, single
+from omnilora.io.export import convert
+from omnilora.parameterizations.dora import DoRA
+from omnilora.parameterizations.hadamard import LoHa
+from omnilora.parameterizations.kronecker import LoKr
+from omnilora.parameterizations.lora import LoRA
+from omnilora.parameterizations.svd import SVD
+
+GOLDEN = Path(__file__).parent / "golden"
+PEFTS = sorted(p.parent.relative_to(GOLDEN / "peft").as_posix() for p in GOLDEN.glob("peft/*/*/adapter_config.json"))
+
+
+def run(model):
+    with torch.no_grad():
+        return model.eval()(IDS)
+
+
+def gap(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("case", LYCORIS)
+def test_lycoris(case, tmp_path):
+    path = GOLDEN / "lycoris" / f"{case}.safetensors"
+    y = load_file(GOLDEN / "lycoris" / "expected.safetensors")[case]
+    model = Net()
+    assert gap(run(model), y) > 1e-2
+    report = ol.load(model, path)
+    assert report["base"] == "unproven"
+    assert gap(run(model), y) < 1e-6
+    assert json.loads(ol.state(model).extra["metadata"]["ss_network_args"]) == LYCORIS[case]
+
+    ol.export(model, tmp_path / "back.safetensors", "lycoris")
+    back, there = load_file(tmp_path / "back.safetensors"), load_file(path)
+    assert back.keys() == there.keys()
+    for key in there:
+        assert back[key].shape == there[key].shape, key
+        if not (case == "lokr-whole" and key.endswith("alpha")):  # nobody reads α beside two whole matrices
+            torch.testing.assert_close(back[key].float(), there[key].float(), rtol=1e-6, atol=1e-7)
+    ol.save(model, tmp_path / "own")
+    again = Net()
+    assert ol.load(again, tmp_path / "own")["base"] == "same bytes"
+    assert torch.equal(run(again), run(model))
+
+
+@pytest.mark.parametrize("case", PEFTS)
+def test_peft_of_every_version(case):
+    path = GOLDEN / "peft" / case
+    y = load_file(path / "expected.safetensors")["y"]
+    model = Net()
+    assert gap(run(model), y) > 1e-4
+    ol.load(model, path)
+    assert gap(run(model), y) < 1e-6
+
+
+class Tree(nn.Module):
+    """Modules by path, of the shapes of a real model; its forward is not needed."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        for path, shape in shapes.items():
+            owner = self
+            *steps, last = path.split(".")
+            for step in steps:
+                owner = owner._modules.setdefault(step, nn.Module())
+            owner._modules[last] = (nn.Identity() if not shape else nn.Linear(shape[1], shape[0]) if len(shape) == 2
+                                    else nn.Conv2d(shape[1], shape[0], tuple(shape[2:])))  # fmt: skip
+
+
+def pipeline():
+    shapes = json.loads((GOLDEN / "kohya" / "shapes.json").read_text())
+    return nn.ModuleDict({k: Tree(v) for k, v in shapes.items()})
+
+
+def test_kohya_names_find_their_layers():
+    """A real UNet's and text encoder's names, also where the text encoder has lost its text_model."""
+    file = GOLDEN / "kohya" / "sd.safetensors"
+    state = ol.load_file(file)
+    assert names.is_raw(state) and len(state.sites) == 83
+    both = names.placed(state, pipeline())
+    raw = {names.flat(n) for n in both.sites}
+    assert raw == {n.replace("lora_unet_", "unet_").replace("lora_te_text_model_", "text_encoder_") for n in state.sites}
+    assert "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0" in both.sites
+    assert both.sites["unet.mid_block.resnets.0.conv1"].kind == "conv"
+    unet = names.placed(state, pipeline()["unet"], part="unet")
+    assert len(unet.sites) == 77 and "mid_block.resnets.0.conv1" in unet.sites
+    with pytest.raises(BadValue, match="part="):
+        names.placed(state, pipeline()["unet"])
+    with pytest.raises(BadValue, match="te2"):
+        names.placed(state, pipeline()["unet"], part="te2")
+    with pytest.raises(StateMismatch, match="no layer"):
+        names.placed(state, Net(), part="unet")
+
+
+def test_kohya_is_written_as_it_was(tmp_path):
+    file = GOLDEN / "kohya" / "sd.safetensors"
+    report = convert(file, tmp_path / "a.safetensors", "kohya", pipeline())
+    assert report["from"] == "single" and report["worst"] == 0.0
+    back, there = load_file(tmp_path / "a.safetensors"), load_file(file)
+    want = {k.replace("lora_te_text_model_", "lora_te_"): v.float() for k, v in there.items()}
+    assert back.keys() == want.keys() and all(torch.equal(back[k], want[k]) for k in want)
+    assert single.inside(tmp_path / "a.safetensors", 1 << 30)[1]["ss_network_dim"] == "2"
+    assert convert(file, tmp_path / "b.safetensors", "kohya")["worst"] == 0.0  # nobody needs a model for the same names
+
+
+def test_ambiguous_names_are_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a_b = nn.ModuleDict({"c": nn.Linear(4, 4)})
+            self.a = nn.ModuleDict({"b_c": nn.Linear(4, 4)})
+
+    tensors = {"lora_unet_a_b_c.lora_down.weight": torch.ones(1, 4), "lora_unet_a_b_c.lora_up.weight": torch.ones(4, 1)}
+    with pytest.raises(StateMismatch, match="fits 2 layers"):
+        names.placed(single.read(tensors), Twice())
+    dotted = {k.replace("lora_unet_a_b_c", "unet.a.b_c"): v for k, v in tensors.items()}
+    assert list(names.placed(single.read(dotted), Twice()).sites) == ["a.b_c"]
+    with pytest.raises(NotExpressible, match="underscores"):
+        names.raw_names(["a_b.c", "a.b_c"], "unet")
+
+
+def test_a_linear_layer_stored_as_a_convolution_of_kernel_1():
+    tensors = {"lora_unet_q_proj.lora_down.weight": torch.randn(2, 8, 1, 1), "lora_unet_q_proj.lora_up.weight": torch.randn(8, 2, 1, 1),
+               "lora_unet_proj.lora_down.weight": torch.randn(2, 4), "lora_unet_proj.lora_up.weight": torch.randn(6, 2)}  # fmt: skip
+    state = names.placed(single.read(tensors), Net())
+    assert {n: s.kind for n, s in state.sites.items()} == {"q_proj": "linear", "proj": "conv"}
+    assert state.sites["q_proj"].scale == 1.0  # no α: the rank
+    ol.load_state(Net(), state)
+
+
+def test_what_is_not_read(tmp_path):
+    good = {"lora_unet_q_proj.lora_down.weight": torch.ones(1, 8), "lora_unet_q_proj.lora_up.weight": torch.ones(8, 1)}
+    for extra, error, why in [
+        ({"bundle_emb.cat.string_to_param.*": torch.ones(1, 4)}, NotExpressible, "embedding"),
+        ({"lora_unet_v_proj.a1.weight": torch.ones(2, 2)}, NotExpressible, "GLoRA"),
+        ({"lora_unet_v_proj.lambda_layer": torch.ones(1, 2)}, NotExpressible, "T-LoRA"),
+        ({"lora_unet_v_proj.oft_blocks": torch.ones(1, 2, 2, 2)}, NotExpressible, "BOFT"),
+        ({"something.else": torch.ones(2)}, FileRefused, "Unexpected"),
+        ({"lora_unet_v_proj.lora_down.weight": torch.ones(1, 8)}, FileRefused, "fit together"),
+        ({"lora_unet_q_proj.hada_t1": torch.ones(1, 8)}, FileRefused, "unexpected"),
+        ({"lora_unet_q_proj.alpha": torch.tensor(float("nan"))}, Exception, ""),
+    ]:  # fmt: skip
+        save_file({**good, **extra}, tmp_path / "x.safetensors")
+        with pytest.raises(error, match=why):
+            ol.load_file(tmp_path / "x.safetensors")
+    save_file({"x": torch.ones(2)}, tmp_path / "y.safetensors")
+    with pytest.raises(FileRefused, match="no adapter of a known format"):
+        ol.load_file(tmp_path / "y.safetensors")
+
+
+L = LoRA(r=2, alpha=5.0)
+OURS = {
+    "kohya": [(L, ["fc_in", "q_proj", "conv", "proj", "groups"]), (DoRA(L), ["q_proj", "conv"]), (SVD(2, 5.0), ["q_proj", "conv"])],
+    "lycoris": [(LoHa(2, 5.0), ["q_proj", "conv"]), (LoKr(1, 5.0), ["fc_in", "conv"]), (DoRA(LoHa(2, 5.0)), ["q_proj", "conv"])],
+    "diffusers": [(L, ["fc_in", "q_proj", "conv", "proj"]), (DoRA(L), ["q_proj", "conv"])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("target", "how", "targets"), [(t, *row) for t, rows in OURS.items() for row in rows])
+def test_ours_written_and_read(target, how, targets, tmp_path):
+    model = Net()
+    ol.adapt(model, Method("own", how), targets=targets)
+    with torch.no_grad():
+        for i, (_, p) in enumerate((n, p) for s in ol.slots(model) for n, p in s.tensors()):
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.3)
+    report = ol.export(model, tmp_path / "a.safetensors", target)
+    assert report["worst"] == 0.0 and Path(report["path"]).is_file()
+    again = Net()
+    ol.load(again, tmp_path / "a.safetensors")
+    assert gap(run(again), run(model)) < 1e-6
+
+
+def test_sgm_names_need_diffusers():
+    """Stable Diffusion's first names on diffusers' UNet: by its own converter, or an error that names the extra."""
+    key = "lora_unet_input_blocks_1_1_proj_in"
+    tensors = {f"{key}.lora_down.weight": torch.ones(1, 4, 1, 1), f"{key}.lora_up.weight": torch.ones(4, 1, 1, 1)}
+    model = pipeline()["unet"]
+    with pytest.raises(StateMismatch, match="layers_per_block"):
+        names.placed(single.read(tensors), model)
+    model.config = type("Config", (), {"layers_per_block": 1})()
+    try:
+        import diffusers.loaders.lora_conversion_utils  # noqa: F401
+    except ImportError:
+        with pytest.raises(NeedsExtra, match="diffusers"):
+            names.placed(single.read(tensors), model)
+    else:
+        assert list(names.placed(single.read(tensors), model).sites) == ["down_blocks.0.attentions.0.proj_in"]
+
+
+UNETS = ["present", "older", "processors", "patterns", "dora"]
+
+
+@pytest.mark.parametrize("case", UNETS)
+def test_diffusers_names_find_their_layers(case):
+    state = names.placed(ol.load_file(GOLDEN / "diffusers" / f"{case}.safetensors"), pipeline()["unet"])
+    ends = {n.rpartition(".attn")[2] if ".attn" in n else n.rpartition(".")[2] for n in state.sites}
+    attention = {"1.to_q", "2.to_q", "1.to_out.0", "2.to_out.0"}
+    assert ends == (attention if case == "processors" else attention | {"conv1", "proj_in"})
+    if case == "patterns":
+        ranks = {(s.how.r, round(s.scale, 6)) for n, s in state.sites.items() if n.endswith("to_q")}
+        assert ranks == {(2, round(9 / 2**0.5, 6))}
+
+
+@pytest.mark.parametrize("case", UNETS)
+def test_diffusers_outputs(case, tmp_path):
+    pytest.importorskip("diffusers", reason="diffusers is not installed; names and layouts are tested without it")
+    from golden.make import tiny_unet
+
+    y = load_file(GOLDEN / "diffusers" / "expected.safetensors")[case]
+    unet = tiny_unet().eval()
+    ol.load(unet, GOLDEN / "diffusers" / f"{case}.safetensors")
+    with torch.no_grad():
+        assert gap(unet(**UNET_INPUTS).sample, y) < 1e-5
+    ol.export(unet, tmp_path / "out", "diffusers")
+    theirs = tiny_unet().eval()
+    theirs.load_lora_adapter(tmp_path / "out", prefix="unet", weight_name="pytorch_lora_weights.safetensors")
+    with torch.no_grad():
+        assert gap(theirs(**UNET_INPUTS).sample, y) < 1e-5
+
+
+def test_kohya_outputs_on_a_unet():
+    pytest.importorskip("diffusers", reason="diffusers is not installed; names and layouts are tested without it")
+    from golden.make import tiny_unet
+
+    unet = tiny_unet().eval()
+    ol.load(unet, GOLDEN / "kohya" / "sd.safetensors", part="unet")
+    with torch.no_grad():
+        assert gap(unet(**UNET_INPUTS).sample, load_file(GOLDEN / "kohya" / "expected.safetensors")["unet"]) < 1e-3  # float16
