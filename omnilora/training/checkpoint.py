@@ -6,12 +6,14 @@ tensor of optimizer, rules and random states) and ``trainer.json`` (everything e
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from omnilora.core import files
 from omnilora.core.attach import TiedUse, hub_of, slots
 from omnilora.core.run import Run
 from omnilora.core.state import carried_weights, state
-from omnilora.errors import FileRefused, RunError, StateMismatch
+from omnilora.errors import FileRefused, OmniloraError, RunError, StateMismatch
 
 TENSORS, TRAINER = "optimizer.safetensors", "trainer.json"
 _NAME = re.compile(r"step-(\d{6,})")
@@ -103,6 +105,13 @@ def set_random_state(saved: Mapping[str, Any]) -> None:
     torch.set_rng_state(saved["torch"])
     if "cuda" in saved and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([s.cpu() for s in saved["cuda"]])
+
+
+def check_random_state(saved: Mapping[str, Any]) -> None:
+    """Raises what Python, numpy or torch raise for a state that they would not take."""
+    random.Random().setstate(saved["python"])
+    np.random.RandomState().set_state(saved["numpy"])
+    torch.Generator().set_state(saved["torch"])
 
 
 # -- parameters by path ------------------------------------------------------------------------------------------------
@@ -189,25 +198,76 @@ def load(path: str | os.PathLike[str], run: Run) -> tuple[dict[str, Any], list[d
     data = files.read_json(folder / TRAINER)
     if data.get("format") != 1:
         raise FileRefused(f"{TRAINER} has format {data.get('format')!r}.", "This version reads format 1.")
-    try:
+    with _refused_if_broken():
         body = restore(data["body"], tensors)
-        parts = [body[k] for k in ("run", "optimizer", "scheduler", "learning", "progress", "random")]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FileRefused(f"{TRAINER} breaks the format: {type(error).__name__} {error}.") from error
-    saved_run, optimizer, scheduler, learning, progress, randoms = parts
-    parameters = named(run.model, run.adapter)
-    weights = carried_weights(value, dict(run.model.named_modules()))
-    load_adapter(run, value.flat(), value)
+        progress, randoms = dict(body["progress"]), list(body["random"])
+        for each in randoms:
+            check_random_state(each)
+        old = _held(run)
+    try:
+        with _refused_if_broken():
+            weights = carried_weights(value, dict(run.model.named_modules()))
+            load_adapter(run, value.flat(), value)
+            for key, p in named(run.model, run.adapter).items():
+                p.requires_grad_(bool(body["learning"][key]))
+            _put(run, body["run"], body["optimizer"], body["scheduler"])
+    except BaseException:
+        _give_back(run, old)
+        raise
     for put in weights:
         put()
-    for key, p in parameters.items():
-        p.requires_grad_(learning[key])
-    run.load_state_dict(saved_run)
+    return progress, randoms
+
+
+BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError, RecursionError)
+
+
+@contextmanager
+def _refused_if_broken() -> Iterator[None]:
+    """What Python and torch say of damaged data, as a typed error."""
+    try:
+        yield
+    except OmniloraError:
+        raise
+    except BROKEN as error:
+        text = " ".join(str(error).split())[:200]
+        raise FileRefused(f"{TRAINER} breaks the format: {type(error).__name__} {text}.", "It is damaged.") from error
+
+
+def _put(run: Run, saved: dict[str, Any], optimizer: dict[str, Any], scheduler: dict[str, Any] | None) -> None:
+    """Rules, optimizer and schedule as they were saved."""
+    run.load_state_dict(saved)
     assert run.optimizer is not None
-    load_optimizer(run.optimizer, optimizer, {id(p): key for key, p in parameters.items()})
+    load_optimizer(run.optimizer, optimizer, {id(p): key for key, p in named(run.model, run.adapter).items()})
     if run.scheduler is not None and scheduler is not None:
         run.scheduler.load_state_dict({**scheduler, "lr_lambdas": [None] * len(run.scheduler.lr_lambdas)})
-    return progress, randoms
+
+
+def _held(run: Run) -> dict[str, Any]:
+    """What :func:`load` changes, to be put back where it fails."""
+    assert run.optimizer is not None
+    parameters = named(run.model, run.adapter)
+    names = {id(p): key for key, p in parameters.items()}
+    return {
+        "tensors": {k: (p.data, p.data.clone(), p.requires_grad) for k, p in parameters.items()},
+        "slots": [(s, s.scale, dict(s.marks)) for s in slots(run.model, run.adapter)],
+        "run": copy.deepcopy(run.state_dict()), "optimizer": copy.deepcopy(optimizer_state(run.optimizer, names)),
+        "scheduler": None if run.scheduler is None else _scheduler_state(run.scheduler),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _give_back(run: Run, old: dict[str, Any]) -> None:
+    for key, p in named(run.model, run.adapter).items():
+        p.data, values, learns = old["tensors"][key]
+        p.copy_(values)
+        p.requires_grad_(learns)
+    for slot, scale, marks in old["slots"]:
+        slot.scale = scale
+        slot.marks.clear()
+        slot.marks.update(marks)
+    _put(run, old["run"], old["optimizer"], old["scheduler"])
+    hub_of(run.model).changed()
 
 
 @torch.no_grad()

@@ -143,7 +143,7 @@ class TrainConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         for key in data:
             if key not in known:
-                raise UnknownName(f"No configuration key {key!r}.", nearest(str(key), known))
+                raise UnknownName(f"No configuration key {str(key)[:80]!r}.", nearest(str(key)[:80], known))
         return cls(**data)
 
     @classmethod
@@ -154,8 +154,8 @@ class TrainConfig:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise BadValue(f"{path} cannot be read: {error.strerror}.", "Give an existing YAML file.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise BadValue(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
+        except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+            raise BadValue(f"{path} is no YAML: {' '.join(str(error).split())[:300]}.") from error
         if data is not None and not isinstance(data, dict):
             raise BadValue(f"{path} holds a {type(data).__name__}.", "Give keys and values.")
         return cls.from_dict({**(data or {}), **changes})

@@ -15,7 +15,7 @@ from torch import nn
 
 from omnilora.core.attach import hub_of, slots
 from omnilora.core.run import Run, _the_adapter, param_groups, start, trainable, wrapped_optimizer
-from omnilora.errors import BadValue, RunError, UnknownName, nearest, need
+from omnilora.errors import BadValue, FileRefused, RunError, UnknownName, nearest, need
 from omnilora.optim.paged import PagedAdamW
 from omnilora.training import checkpoint
 from omnilora.training.batches import Feed, to_device, token_count
@@ -25,6 +25,7 @@ from omnilora.training.recompute import gradient_checkpointing
 from omnilora.training.report import FitReport, Progress, flat, make_accelerator
 
 SMALL = 500_000_000
+PROGRESS = ("fixed", "epoch", "batch", "bad", "epoch_random", "losses", "seconds", "evaluations", "tokens", "best", "best_value")
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "paged_adamw": PagedAdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD,
               "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}  # fmt: skip
 
@@ -146,6 +147,8 @@ class Loop:
             need("accelerate.utils", "train").set_seed(self.config.seed)
             return 0.0, None
         progress, randoms = checkpoint.load(path, run)
+        if missing := [k for k in PROGRESS if k not in progress] or not 0 <= self.accelerator.process_index < len(randoms):
+            raise FileRefused(f"{path.name} lacks {missing if missing is not True else 'a random state'}.", "It is damaged.")
         if progress["fixed"] != self._fixed():
             changed = [f"{k}: {progress['fixed'].get(k)!r} → {v!r}" for k, v in self._fixed().items()
                        if progress["fixed"].get(k) != v]  # fmt: skip
