@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from omnilora.cli import cards
-from omnilora.compare import compare
+from omnilora.comparison import compare
 from omnilora.demo import functions, topics
 from omnilora.training.config import TrainConfig
 

@@ -32,7 +32,7 @@ _HOME = {
     "generate": "training.evaluate", "stream": "training.evaluate", "load_trained": "training.models",
     "explain": "explanation", "fit": "training.fit",
     "gradient_checkpointing": "training.recompute", "export": "io.export", "quantize": "stores.nf4_layer",
-    "compare": "compare.runner", "integrate": "integrations.trainer", "Reference": "integrations.reference",
+    "compare": "comparison.runner", "integrate": "integrations.trainer", "Reference": "integrations.reference",
 }  # fmt: skip
 
 __all__ = [*sorted(_HOME), "methods", "errors"]

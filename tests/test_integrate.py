@@ -4,14 +4,14 @@ checkpoints hold no base weight and resume exactly."""
 import contextlib
 import gc
 import json
-import random
 import shutil
 from unittest import mock
 
 import pytest
-import tokenizers
+import tiny
 import torch
 import transformers
+from tiny import text
 from torch import nn
 
 import omnilora as ol
@@ -24,26 +24,12 @@ from omnilora.rules.structured_dropout import learned_logits
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 
-WORDS = [f"w{i}" for i in range(44)]
 QUIET = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "bf16": False}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Llama with its tokenizer, on disk, as the reference loaders of TRL would want it."""
-    home = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                                      vocab_size=48, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
-                                      pad_token_id=0)  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(home)
-    words = {w: i for i, w in enumerate(["[PAD]", "<s>", "</s>", "[UNK]", *WORDS])}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]",
-                                                bos_token="<s>", eos_token="</s>")  # fmt: skip
-    fast.save_pretrained(home)
-    return home
+    return tiny.llama(tmp_path_factory.mktemp("llama"))
 
 
 def load(folder, key="lora", **hyper):
@@ -51,11 +37,6 @@ def load(folder, key="lora", **hyper):
     torch.manual_seed(1)
     ol.adapt(model, ol.method(key, **hyper))
     return model, transformers.AutoTokenizer.from_pretrained(folder)
-
-
-def text(length, seed):
-    draw = random.Random(seed)
-    return " ".join(draw.choice(WORDS) for _ in range(length))
 
 
 def sft_data(count=32):

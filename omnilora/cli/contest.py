@@ -33,7 +33,7 @@ def compare(
     test: Annotated[str | None, typer.Option(help="Is only reported: the same, or a fraction. Default: 0.2.")] = None,
     task: Task = None,
     problem: Annotated[str | None, typer.Option(
-        help="FILE.py:FUNCTION, seed → omnilora.compare.Problem: images, or any model and data of your own.")] = None,
+        help="FILE.py:FUNCTION, seed → omnilora.comparison.Problem: images, or any model and data of your own.")] = None,
     steps: Annotated[int | None, typer.Option(help="Budget: updates of a trial. Default: 100.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Budget instead: seconds of training of a trial.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Default: 0,1,2.")] = None,
@@ -69,9 +69,9 @@ def compare(
     verdict, parameters, rate, lr, step_seconds, time_ratio, memory, …}], environment}.
     """
     from omnilora.cli.loading import configuration
-    from omnilora.compare import report
-    from omnilora.compare.plan import Plan
-    from omnilora.compare.runner import go
+    from omnilora.comparison import report
+    from omnilora.comparison.plan import Plan
+    from omnilora.comparison.runner import go
     from omnilora.errors import need
 
     options: dict[str, Any] = {} if plan is None else need("yaml", "train").safe_load(plan.read_text(encoding="utf-8"))
@@ -88,7 +88,7 @@ def compare(
     base = options.pop("config", None) or {}
     changed = {k: v for k, v in made.to_dict().items() if v != type(made)().to_dict()[k]}
     if problem is not None:
-        from omnilora.compare.problem import reference
+        from omnilora.comparison.problem import reference
 
         options["problem"] = reference(problem)
     results = go(Plan.from_dict({**options, "config": {**base, **changed}}), output, workers)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from omnilora.compare.results import Results
+from omnilora.comparison.results import Results
 from omnilora.errors import need
 
 GREY, BLUE, RED = "#9aa3ad", "#1f6feb", "#c4432b"

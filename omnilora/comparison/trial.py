@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from omnilora.compare import problem
-from omnilora.compare.plan import Contestant, Plan, Trial
+from omnilora.comparison import problem
+from omnilora.comparison.plan import Contestant, Plan, Trial
 from omnilora.core.attach import adapt
 from omnilora.core.method import method, prepare
 from omnilora.errors import BadValue, OmniloraError

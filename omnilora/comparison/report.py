@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from omnilora.compare import charts
-from omnilora.compare.results import Results
+from omnilora.comparison import charts
+from omnilora.comparison.results import Results
 from omnilora.errors import FileRefused, need
 
 HEADER = ("method", "parameters", "rate ×", "test", "95 % over seeds", "difference", "95 % seeds", "95 % rows", "q",
@@ -79,7 +79,7 @@ def markdown(results: Results) -> str:
 
 def write(results: Results, folder: Path) -> None:
     """All three files, each whole."""
-    from omnilora.compare.trial import write_json
+    from omnilora.comparison.trial import write_json
 
     write_json(folder / "results.json", results.to_dict())
     (folder / "report.md").write_text(markdown(results), encoding="utf-8")

@@ -90,5 +90,5 @@ def made(text: str, seed: int) -> Problem:
         raise BadValue(f"{path} has no function {name!r}.", "Write file.py:name.")
     value = make(seed)
     if not isinstance(value, Problem):
-        raise BadValue(f"{name}({seed}) gave a {type(value).__name__}.", "Return an omnilora.compare.Problem.")
+        raise BadValue(f"{name}({seed}) gave a {type(value).__name__}.", "Return an omnilora.comparison.Problem.")
     return value

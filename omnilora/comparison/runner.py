@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omnilora.compare import problem
-from omnilora.compare.plan import Contestant, Plan, Trial, base_trial, contestant, first_trials, more_trials, timings
-from omnilora.compare.results import Results, gather, value
+from omnilora.comparison import problem
+from omnilora.comparison.plan import Contestant, Plan, Trial, base_trial, contestant, first_trials, more_trials, timings
+from omnilora.comparison.results import Results, gather, value
 from omnilora.errors import BadValue, RunError, need
 from omnilora.training.config import TrainConfig
 
@@ -49,7 +49,7 @@ def compare(
 
     Returns: :class:`Results`; ``output`` holds plan.yaml, results.json, report.html, report.md and a file a trial.
     """
-    from omnilora.compare.problem import reference
+    from omnilora.comparison.problem import reference
 
     base = config or TrainConfig()
     made = Plan(methods=tuple(contestant(m) for m in methods), config=base, test=test,
@@ -73,7 +73,7 @@ def go(plan: Plan, folder: Path, workers: int = 1) -> Results:
         pool.all(plan, more_trials(plan, steps, chosen), "other seeds")
     with _Pool(folder, 1) as pool:
         pool.all(plan, timings(plan, chosen), "timings")
-    from omnilora.compare import report
+    from omnilora.comparison import report
 
     results = gather(plan, folder, steps, chosen)
     report.write(results, folder)
@@ -85,7 +85,7 @@ def go(plan: Plan, folder: Path, workers: int = 1) -> Results:
 
 def _claim(plan: Plan, folder: Path) -> None:
     """Put the rows and the plan into the folder; another comparison that lies there is refused."""
-    from omnilora.compare.trial import files, write_json
+    from omnilora.comparison.trial import files, write_json
 
     where, shared = files(folder), _shared(plan)
     held = folder / "plan.json"
@@ -173,7 +173,7 @@ class _Pool:
 
     def all(self, plan: Plan, trials: Iterable[Trial], what: str) -> None:
         """Run those whose result is not there yet."""
-        from omnilora.compare.trial import describe
+        from omnilora.comparison.trial import describe
 
         missing = [t for t in trials if not t.path(self.folder).is_file()]
         if not missing:
@@ -203,13 +203,13 @@ class _Pool:
                 tick(trial.who.label)
 
     def _start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-m", "omnilora.compare.worker", str(self.folder)], text=True,
+        return subprocess.Popen([sys.executable, "-m", "omnilora.comparison.worker", str(self.folder)], text=True,
                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                 stderr=(self.folder / "worker.log").open("a"))  # fmt: skip
 
 
 def _crashed(trial: Trial, path: Path, code: Any) -> None:
-    from omnilora.compare.trial import write_json
+    from omnilora.comparison.trial import write_json
 
     write_json(path, {"kind": trial.kind, "label": trial.who.label, "rate": trial.rate, "seed": trial.seed,
                       "steps": trial.steps, "ok": False, "code": "crash", "error": f"The process ended with {code}."})  # fmt: skip

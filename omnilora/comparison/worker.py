@@ -1,4 +1,4 @@
-"""Runs trials one at a time, each in a fresh child process: ``python -m omnilora.compare.worker FOLDER``.
+"""Runs trials one at a time, each in a fresh child process: ``python -m omnilora.comparison.worker FOLDER``.
 
 Reads a line of JSON a trial from stdin and answers a line with the child's exit code. The libraries are imported once;
 where processes can fork, a trial starts in milliseconds, and its memory is its own.
@@ -6,6 +6,8 @@ where processes can fork, a trial starts in milliseconds, and its memory is its 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import multiprocessing
 import sys
@@ -13,9 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import omnilora.training.fit  # noqa: F401  (imported before children are made)
-from omnilora.compare.plan import Plan
-from omnilora.compare.trial import restored, run
-from omnilora.errors import need
+from omnilora.comparison.plan import Plan
+from omnilora.comparison.trial import restored, run
+from omnilora.core.method import entries
+
+# What a trial would import: done once here. Nothing is computed before children are made, for torch's threads do not
+# survive a fork.
+IMPORTED = ("accelerate", "transformers.modeling_utils", "torch._dynamo", "peft", "bitsandbytes", "rich.progress",
+            "transformers.models.auto.modeling_auto", "scipy.optimize")  # fmt: skip
 
 
 def _child(plan: dict[str, Any], folder: str, trial: dict[str, Any], path: str) -> None:
@@ -23,8 +30,10 @@ def _child(plan: dict[str, Any], folder: str, trial: dict[str, Any], path: str) 
 
 
 def serve(folder: str) -> None:
-    need("transformers.modeling_utils", "train")
-    need("accelerate", "train")
+    for name in IMPORTED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    entries()
     plan = json.loads((Path(folder) / "plan.json").read_text(encoding="utf-8"))
     answers = sys.stdout
     sys.stdout = sys.stderr

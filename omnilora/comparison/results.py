@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from omnilora.compare import statistics
-from omnilora.compare.plan import Plan, Trial, base_trial, first_trials, more_trials, timings
+from omnilora.comparison import statistics
+from omnilora.comparison.plan import Plan, Trial, base_trial, first_trials, more_trials, timings
 
 
 def value(scores: Mapping[str, Any]) -> float:
