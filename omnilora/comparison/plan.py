@@ -209,4 +209,4 @@ def base_trial(plan: Plan) -> Trial | None:
     """The model before training, where that means something: without a fresh head."""
     if plan.problem or plan.config.task == "classification":
         return None
-    return Trial("base", plan.methods[0], plan.grid[0], plan.seeds[0], 0)
+    return Trial("base", plan.methods[0], plan.grid[0], plan.seeds[0], 1)

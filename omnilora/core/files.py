@@ -310,6 +310,7 @@ def _read(folder: Path, quota: int) -> AdapterState:
         odd = sorted(set(data) - known - {"carried"})
         raise UnknownName(f"{MANIFEST}: missing {sorted(known - set(data))}, unknown {odd}.",
                           "A newer version wrote it, or it is damaged.")  # fmt: skip
+    _check_types(data)
     if data["tensors"] not in (NATIVE, "adapter_model.safetensors"):
         raise FileRefused(f"{MANIFEST} names the tensor file {data['tensors']!r}.")
     tensors = read_tensors(folder / data["tensors"], quota)
@@ -322,6 +323,29 @@ def _read(folder: Path, quota: int) -> AdapterState:
     if state.content() != data["content"]:
         raise FileRefused("The tensors are not those that were saved (content hash differs).", "The file is damaged.")
     return state
+
+
+_OBJECTS, _TEXTS = ("hyper", "sites", "base", "extra", "carried"), ("method", "tensors", "content", "library")
+
+
+def _check_types(data: Mapping[str, Any]) -> None:
+    """The outer shape of a manifest, and of what goes with an adapter: labels, a fresh head, added tokens."""
+    odd = [k for k in _OBJECTS if not isinstance(data.get(k, {}), dict)] + [k for k in _TEXTS if not isinstance(data[k], str)]
+    if odd:
+        raise FileRefused(f"{MANIFEST}: {odd[0]!r} is a {type(data[odd[0]]).__name__}.", "It is damaged.")
+    extra = data["extra"]
+    tokens, labels = extra.get("tokens", {}), extra.get("labels", [])
+    fits = {
+        "fresh": _all(extra.get("fresh", []), str), "metadata": isinstance(extra.get("metadata", {}), dict),
+        "labels": isinstance(labels, list) and not any(isinstance(x, (list, dict)) for x in labels),
+        "tokens": isinstance(tokens, dict) and _all(tokens.get("tokens", []), str) and _all(tokens.get("ids", []), int),
+    }  # fmt: skip
+    if wrong := [k for k, good in fits.items() if not good]:
+        raise FileRefused(f"{MANIFEST}: extra[{wrong[0]!r}] has another shape than was saved.", "It is damaged.")
+
+
+def _all(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(type(v) is kind for v in values)
 
 
 def _assemble(data: Mapping[str, Any], tensors: dict[str, Tensor]) -> AdapterState:

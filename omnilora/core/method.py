@@ -167,9 +167,13 @@ def method(key: str, **hyper: Any) -> Method:
     for name in hyper:
         if name not in allowed:
             raise UnknownName(f"{key} has no hyper-parameter {name!r}.", nearest(name, allowed))
-    made = make(**hyper)
-    if made.parameterization is not None:
-        made.parameterization.check()
+    try:
+        made = make(**hyper)
+        if made.parameterization is not None:
+            made.parameterization.check()
+    except (TypeError, AttributeError, OverflowError) as error:  # a value of another kind than the method computes with
+        shown = ", ".join(f"{k}={v!r}" for k, v in hyper.items())[:200]
+        raise BadValue(f"{key}({shown}): {' '.join(str(error).split())[:200]}.", f"See omnilora show {key}.") from error
     full = {n: hyper.get(n, p.default) for n, p in allowed.items()}
     return Method(**{**{f: getattr(made, f) for f in made.__dataclass_fields__}, "key": key, "hyper": {**full, **made.hyper}})
 
