@@ -4,7 +4,11 @@ checkpoints hold no base weight and resume exactly."""
 import contextlib
 import gc
 import json
+import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -317,6 +321,78 @@ def test_the_best_model_comes_back(folder, tmp_path):
 def test_no_checkpoint_is_said(folder, tmp_path):
     with pytest.raises(errors.RunError, match="no complete checkpoint"):
         sft(folder, tmp_path).train(resume_from_checkpoint=True)
+
+
+SFT = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_integrate as T, omnilora as ol, torch
+from pathlib import Path
+torch.set_num_threads(1)
+trainer = T.sft(Path({folder!r}), Path({out!r}), {key!r}, steps=10, save_strategy="steps", save_steps=1)
+print("ready", flush=True)
+trainer.train(resume_from_checkpoint={resume} and any(T.trainer_module.complete(p) for p in Path({out!r}).glob("checkpoint-*")))
+ol.save(trainer.model, {out!r} + "-final")
+"""
+
+
+def in_process(folder, out, key, seconds=None):
+    """Train in a process of its own, killed after ``seconds``; whether it came to its end."""
+    code = SFT.format(tests=str(Path(__file__).parent), folder=str(folder), out=str(out), key=key, resume=True)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline().strip() == "ready"
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    process.wait()
+    process.stdout.close()
+    assert process.returncode in (0, -9)
+    return process.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["adalora", "molora"])
+def test_sft_that_dies_at_random_moments(folder, tmp_path, key):
+    assert in_process(folder, tmp_path / "whole", key)
+    draw, deaths = random.Random(0), 0
+    while deaths < 8 and not in_process(folder, tmp_path / "torn", key, draw.random() * 1.5):
+        deaths += 1
+    while not in_process(folder, tmp_path / "torn", key):
+        pass
+    assert deaths >= 2
+    assert ol.load_file(tmp_path / "torn-final").content() == ol.load_file(tmp_path / "whole-final").content()
+
+
+DDP = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_integrate as T, omnilora as ol, torch
+from pathlib import Path
+torch.set_num_threads(1)
+model, _ = T.load(Path({folder!r}), "adalora")
+rows = [{{"input_ids": [4 + (i * 7 + j) % 40 for j in range(8)], "labels": [4 + (i * 7 + j) % 40 for j in range(8)]}} for i in range(32)]
+import transformers
+args = transformers.TrainingArguments({out!r}, max_steps=4, per_device_train_batch_size={batch}, learning_rate=1e-2,
+                                      save_strategy="no", train_sampling_strategy="sequential", **T.QUIET)
+trainer = ol.integrate(transformers.Trainer)(model, args, train_dataset=rows)
+trainer.train()
+if trainer.is_world_process_zero():
+    ol.save(model, {out!r})
+"""
+
+
+def test_two_processes_learn_as_one(folder, tmp_path):
+    """DDP over gloo: two processes of batch 2 end where one of batch 4 does."""
+    for count in (1, 2):
+        script, out = tmp_path / f"{count}.py", tmp_path / f"out{count}"
+        script.write_text(DDP.format(tests=str(Path(__file__).parent), folder=str(folder), out=str(out), batch=4 // count))
+        run = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--master-port=29577", str(script)]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (ol.load_file(tmp_path / f"out{c}").flat() for c in (1, 2))
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[k], two[k], rtol=1e-4, atol=1e-6) for k in one)
 
 
 # -- bases and memory --------------------------------------------------------------------------------------------------

@@ -344,6 +344,13 @@ def _check_types(data: Mapping[str, Any]) -> None:
         raise FileRefused(f"{MANIFEST}: extra[{wrong[0]!r}] has another shape than was saved.", "It is damaged.")
 
 
+def _fingerprint(name: str, f: Mapping[str, Any]) -> Fingerprint:
+    numbers = [float(x) for x in (*f["sketch"], f["norm"])]
+    if not (_all(f["shape"], int) and isinstance(f["digest"], str) and all(abs(x) < 1e100 for x in numbers)):
+        raise FileRefused(f"{MANIFEST}: the fingerprint of {name[:80]!r} is none.", "It is damaged.")
+    return Fingerprint(tuple(f["shape"]), f["digest"], tuple(numbers[:-1]), numbers[-1])
+
+
 def _all(values: Any, kind: type) -> bool:
     return isinstance(values, list) and all(type(v) is kind for v in values)
 
@@ -377,7 +384,7 @@ def _assemble(data: Mapping[str, Any], tensors: dict[str, Tensor]) -> AdapterSta
     extra = set(tensors) - expected
     if extra:
         raise FileRefused(f"Unexpected tensors: {sorted(extra)[:4]}.", "The file is damaged or newer.")
-    base = {n: Fingerprint(tuple(f["shape"]), f["digest"], tuple(f["sketch"]), f["norm"]) for n, f in data["base"].items()}
+    base = {n: _fingerprint(n, f) for n, f in data["base"].items()}
     return AdapterState(data["method"], data["hyper"], sites, shared, base, data["extra"], carried)
 
 
