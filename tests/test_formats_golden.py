@@ -242,3 +242,96 @@ def test_kohya_outputs_on_a_unet():
     ol.load(unet, GOLDEN / "kohya" / "sd.safetensors", part="unet")
     with torch.no_grad():
         assert gap(unet(**UNET_INPUTS).sample, load_file(GOLDEN / "kohya" / "expected.safetensors")["unet"]) < 1e-3  # float16
+
+
+def sgm_names(layers):
+    """diffusers' names of an SDXL UNet's layers → those of Stable Diffusion's first code."""
+    blocks = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "mid_block.attentions.0": "middle_block.1"}
+    blocks |= {f"time_embedding.linear_{i + 1}": f"time_embed.{2 * i}" for i in range(2)}
+    blocks |= {f"mid_block.resnets.{i}": f"middle_block.{2 * i}" for i in range(2)}
+    for i in range(3):
+        for kind, at in (("resnets", 0), ("attentions", 1)):
+            blocks |= {f"down_blocks.{i}.{kind}.{j}": f"input_blocks.{3 * i + j + 1}.{at}" for j in range(2)}
+            blocks |= {f"up_blocks.{i}.{kind}.{j}": f"output_blocks.{3 * i + j}.{at}" for j in range(3)}
+        blocks |= {f"down_blocks.{i}.downsamplers.0.conv": f"input_blocks.{3 * i + 3}.0.op",
+                   f"up_blocks.{i}.upsamplers.0": f"output_blocks.{3 * i + 2}.2"}  # fmt: skip
+    inner = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
+    out = {}
+    for name in layers:
+        head = next(b for b in blocks if name == b or name.startswith(f"{b}."))
+        tail = name[len(head) :]
+        out[name] = blocks[head] + (f".{inner[tail[1:]]}" if ".resnets." in head else tail)
+    return out
+
+
+def test_every_layer_of_sdxl_in_its_first_names():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: its converter places these names")
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(
+            block_out_channels=(4, 8, 8), layers_per_block=2, norm_num_groups=2, cross_attention_dim=4, attention_head_dim=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), use_linear_projection=True,
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 2))  # fmt: skip
+    layers = {n: m.weight.shape for n, m in unet.named_modules() if type(m).__name__ in ("Linear", "Conv2d")}
+    assert len(layers) > 300
+    tensors = {}
+    for name, raw in sgm_names(layers).items():
+        key, shape = f"lora_unet_{raw.replace('.', '_')}", layers[name]
+        tensors[f"{key}.lora_down.weight"] = torch.zeros(1, *shape[1:])
+        tensors[f"{key}.lora_up.weight"] = torch.zeros(shape[0], 1, *(1,) * (len(shape) - 2))
+    assert set(names.placed(single.read(tensors), unet).sites) == set(layers)
+
+
+def test_fluxs_first_names_and_fused_projections():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: its converter places these names")
+    with torch.device("meta"):
+        flux = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+    tensors = {}
+    for name, n_in, n_out in [("double_blocks_0_img_attn_qkv", 3072, 9216), ("single_blocks_0_linear1", 3072, 21504)]:
+        tensors |= {f"lora_unet_{name}.lora_down.weight": torch.randn(1, n_in), f"lora_unet_{name}.alpha": torch.tensor(0.5),
+                    f"lora_unet_{name}.lora_up.weight": torch.randn(n_out, 1)}  # fmt: skip
+    state = names.placed(single.read(tensors), flux)
+    assert len(state.sites) == 7
+    s = state.sites["transformer_blocks.0.attn.to_k"]
+    up, down = (tensors[f"lora_unet_double_blocks_0_img_attn_qkv.lora_{x}.weight"] for x in ("up", "down"))
+    assert gap(s.scale * s.tensors["B"] @ s.tensors["A"], 0.5 * up[3072:6144] @ down) < 1e-6
+
+
+@pytest.mark.parametrize("prefix", ["lycoris_", "lora_unet_", "my_own_prefix_", "", "unet.", "diffusion_model."])
+def test_beginnings(prefix):
+    tensors = {}
+    for name, shape in (("down.fc_in", (8, 6)), ("q_proj", (8, 8))):
+        key = prefix + (name if "." in prefix else name.replace(".", "_"))
+        tensors |= {f"{key}.lora_down.weight": torch.randn(2, shape[1]), f"{key}.lora_up.weight": torch.randn(shape[0], 2)}
+    assert set(names.placed(single.read(tensors), Net()).sites) == {"down.fc_in", "q_proj"}
+    inside = nn.ModuleDict({"model": Net()})
+    assert set(names.placed(single.read(tensors), inside).sites) == {"model.down.fc_in", "model.q_proj"}
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_a_pickle_runs_nothing(tmp_path, capsys):
+    good = GOLDEN / "peft" / "0.2.0" / "lora"
+    for name, data in [("code", {"x": Evil()}), ("list", [torch.zeros(2)]), ("bytes", None)]:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter_config.json").write_bytes((good / "adapter_config.json").read_bytes())
+        if data is None:
+            (folder / "adapter_model.bin").write_bytes(b"\x80\x04nothing")
+        else:
+            torch.save(data, folder / "adapter_model.bin")
+        with pytest.raises(FileRefused, match=r"adapter_model\.bin"):
+            ol.load_file(folder)
+    assert "executed" not in capsys.readouterr().out
+    with pytest.raises(FileRefused, match="quota"):
+        ol.load_file(good, quota=100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_read_as_they_are(dtype, tmp_path):
+    tensors = {k: v.to(dtype) for k, v in load_file(GOLDEN / "lycoris" / "locon.safetensors").items()}
+    save_file(tensors, tmp_path / "half.safetensors")
+    state = ol.load_file(tmp_path / "half.safetensors")
+    assert torch.equal(state.sites["lycoris_q_proj"].tensors["B"], tensors["lycoris_q_proj.lora_up.weight"].float())

@@ -47,6 +47,7 @@ UNREAD = {
     "bundle_emb": "an embedding that trained with the adapter (pivotal tuning)",
     "a1.weight": "GLoRA", "a2.weight": "GLoRA", "b1.weight": "GLoRA", "b2.weight": "GLoRA", "bm.weight": "GLoRA",
     "q_layer.weight": "T-LoRA", "p_layer.weight": "T-LoRA", "lambda_layer": "T-LoRA",
+    "bias_indices": "a sparse difference", "bias_values": "a sparse difference", "bias_size": "a sparse difference",
     "set_weight": "a replaced weight", "lora_up.bias": "a bias of the upper half", "lora_B.bias": "a bias of B",
 }  # fmt: skip
 ROLES = {
