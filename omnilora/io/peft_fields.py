@@ -17,7 +17,7 @@ FIELDS: dict[str, str] = {
                      "save_projection", "vera_dropout", "d_initial", "alpha", "feedforward_modules", "oft_block_size",
                      "use_cayley_neumann", "num_cayley_neumann_terms", "coft", "block_share", "randlora_alpha", "n_frequency",
                      "n_frequency_pattern", "scaling", "random_loc_seed", "boft_block_size", "boft_n_butterfly_factor",
-                     "decompose_factor", "decompose_both", "use_effective_conv2d"), "read"),
+                     "token_indices", "decompose_factor", "decompose_both", "use_effective_conv2d"), "read"),
     **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "init_weights",
                      "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
                      "lora_ga_config", "qalora_group_size", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2",

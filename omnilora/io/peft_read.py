@@ -34,9 +34,10 @@ _SUFFIXES = {
     "ADALORA": ("lora_A", "lora_B", "lora_E"),
     "VERA": ("vera_lambda_b", "vera_lambda_d"),
     "LN_TUNING": ("ln_tuning_layers.weight", "ln_tuning_layers.bias"),
+    "TRAINABLE_TOKENS": ("trainable_tokens_delta",),
     **{family: r.suffixes for family, r in RELATIVES.items()},
 }  # fmt: skip
-_KEYS = {"ADALORA": "adalora", "VERA": "vera", "LN_TUNING": "ln_tuning", **{f: f.lower() for f in RELATIVES}}
+_KEYS = {"ADALORA": "adalora", "VERA": "vera", "LN_TUNING": "ln_tuning", "TRAINABLE_TOKENS": "trainable_tokens", **{f: f.lower() for f in RELATIVES}}
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT writes their base weights when they are targeted or resized
 
 
@@ -136,6 +137,9 @@ def _sort(family: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor])
             out.shifts[f"{m['module']}.bias"] = t
         elif m is not None and m["leaf"] in (RELATIVES[family].dropped if family in RELATIVES else ()):
             continue
+        elif m is not None and family == "TRAINABLE_TOKENS":
+            out.tokens[m["module"]] = tuple(int(i) for i in config.get("token_indices") or ())
+            out.rest[f"{PREFIX}{m['module']}.{TOKENS}"] = t
         elif m is not None and family == "LN_TUNING":
             name = f"{m['module']}.{m['leaf'].rpartition('.')[2]}"
             out.own[name] = t
@@ -268,8 +272,8 @@ def _params_at(module: str, config: Mapping[str, Any]) -> list[str]:
 
 
 def _relatives(family: str, config: Mapping[str, Any], found: _Found) -> dict[str, SiteState]:
-    if family == "LN_TUNING":
-        return {}
+    if family not in RELATIVES:
+        return {}  # own tensors only
     sites = {}
     for module, levels in found.layers.items():
         if set(levels) != {0}:
