@@ -335,3 +335,10 @@ def test_halves_are_read_as_they_are(dtype, tmp_path):
     save_file(tensors, tmp_path / "half.safetensors")
     state = ol.load_file(tmp_path / "half.safetensors")
     assert torch.equal(state.sites["lycoris_q_proj"].tensors["B"], tensors["lycoris_q_proj.lora_up.weight"].float())
+
+
+def test_the_page_has_every_format():
+    from omnilora.io.formats import FORMATS
+
+    page = (Path(__file__).parent.parent / "docs" / "files.md").read_text(encoding="utf-8")
+    assert [f"| `{f.name}` | {f.says} |" for f in FORMATS.values() if f"| `{f.name}` | {f.says} |" not in page] == []

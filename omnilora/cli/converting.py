@@ -1,4 +1,4 @@
-"""export, convert: adapters for other programs and from them."""
+"""export, convert, push, pull: adapters for other programs and from them, to the Hub and back."""
 
 from __future__ import annotations
 
@@ -73,6 +73,62 @@ def convert(
     --json: {from, path, for, rank, errors: {site: relative error of ΔW}, worst}.
     """
     _write(source, output, target, rank, model, part, dtype, json)
+
+
+def push(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder or file, or the folder of a run.")],
+    repo: Annotated[str, typer.Argument(help="user/adapter; made where it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="For nobody else to see.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Adapter",
+    card: Annotated[bool, typer.Option("--card", help="Print the card that would be pushed. Uploads nothing.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Upload an adapter to the Hugging Face Hub, with a card: method, base, settings, data, figures.
+
+    \b
+    Examples:
+      omnilora push runs/first user/my-adapter --private
+      omnilora push runs/first user/my-adapter --card
+
+    --json: {repo, url, files}; with --card {card}.
+    """
+    from omnilora.io import hub
+
+    if card:
+        text = hub.card(adapter, repo)
+        emit({"card": text}) if json else print(text)
+        return
+    with quiet_stdout(json):
+        report = hub.push(adapter, repo, private=private or None, message=message)
+    if json:
+        emit(report)
+        return
+    print(f"Pushed {', '.join(report['files'])} to {report['url']}.")
+
+
+def pull(
+    repo: Annotated[str, typer.Argument(help="user/adapter.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Download an adapter from the Hugging Face Hub into a folder, and check that it can be read.
+
+    \b
+    Examples:
+      omnilora pull user/my-adapter adapters/mine
+      omnilora pull user/my-adapter adapters/mine --revision v2 --json
+
+    --json: {repo, path}.
+    """
+    from omnilora.io import hub
+
+    with quiet_stdout(json):
+        path = hub.pull(repo, output, revision=revision)
+    if json:
+        emit({"repo": repo, "path": str(path)})
+        return
+    print(f"Wrote {path}.")
 
 
 def _write(source: Path, output: Path, target: str, rank: int | None, model: str | None, part: str | None,

@@ -37,7 +37,8 @@ _SUFFIXES = {
     "TRAINABLE_TOKENS": ("trainable_tokens_delta",),
     **{family: r.suffixes for family, r in RELATIVES.items()},
 }  # fmt: skip
-_KEYS = {"ADALORA": "adalora", "VERA": "vera", "LN_TUNING": "ln_tuning", "TRAINABLE_TOKENS": "trainable_tokens", **{f: f.lower() for f in RELATIVES}}
+_KEYS = {"ADALORA": "adalora", "VERA": "vera", "LN_TUNING": "ln_tuning", "TRAINABLE_TOKENS": "trainable_tokens",
+         **{f: f.lower() for f in RELATIVES}}  # fmt: skip
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT writes their base weights when they are targeted or resized
 
 
