@@ -139,3 +139,25 @@ def test_another_map_is_refused(tmp_path):
     peft.get_peft_model(Net(), peft.OFTConfig(r=0, oft_block_size=3, target_modules=["conv"])).save_pretrained(tmp_path / "conv")
     with pytest.raises(NotExpressible, match="kernel"):
         ol.load(Net(), tmp_path / "conv")
+
+
+def test_old_lokr_and_old_oft(tmp_path):
+    """PEFT before 0.14 had no exclude_modules in LoKr's configuration, and trained it without α/r."""
+    import json
+
+    saved(CONFIGS["lokr"](), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "exclude_modules"}))
+    with pytest.warns(UserWarning, match=r"before 0\.14"):
+        ol.load_file(tmp_path / "a")
+    saved(CONFIGS["oft"](), tmp_path / "b")
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "b" / "adapter_model.safetensors"
+    save_file({k.replace("oft_R.weight", "oft_r"): v for k, v in load_file(file).items()}, file)
+    with pytest.raises(NotExpressible, match=r"before 0\.16"):
+        ol.load_file(tmp_path / "b")
+    data = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**data, "exclude_modules": None, "new_count": 3}))
+    with pytest.warns(UserWarning, match="new_count"):
+        ol.load_file(tmp_path / "a")

@@ -50,6 +50,9 @@ def check_fields(config: Mapping[str, Any]) -> None:
                               "change the map.",
                               f"{nearest(key, FIELDS)} Remove it from the file if it does not.")  # fmt: skip
         raise NotExpressible(f"adapter_config.json sets {key!r}: that map cannot be read.")
+    if config.get("peft_type") == "LOKR" and "exclude_modules" not in config and config.get("alpha") != config.get("r"):
+        warnings.warn("adapter_config.json is of PEFT before 0.14, which trained LoKr without its scale α/r; it is read as present "
+                      "PEFT reads it, with the scale.", stacklevel=2)  # fmt: skip
     start = config.get("init_lora_weights", True)
     if start not in KEEPS_BASE:
         raise NotExpressible(f"init_lora_weights = {start!r} changed the base weights that this adapter sits on.",
