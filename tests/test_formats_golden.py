@@ -342,3 +342,55 @@ def test_the_page_has_every_format():
 
     page = (Path(__file__).parent.parent / "docs" / "files.md").read_text(encoding="utf-8")
     assert [f"| `{f.name}` | {f.says} |" for f in FORMATS.values() if f"| `{f.name}` | {f.says} |" not in page] == []
+
+
+def test_a_state_dict_that_was_saved_by_hand(tmp_path):
+    """The adapter's name behind the leaf, copies of saved modules under it, compiled wrappers, no prefix at all."""
+    folder = GOLDEN / "peft" / "0.10.0" / "lora"
+    tensors, y = load_file(folder / "adapter_model.safetensors"), load_file(folder / "expected.safetensors")["y"]
+    loud = {k.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
+            .replace(".norm.", ".norm.modules_to_save.default."): t for k, t in tensors.items()}  # fmt: skip
+    loud |= {k.replace(".norm.", ".norm.original_module."): t + 1 for k, t in tensors.items() if ".norm." in k}
+    bare = {k.removeprefix("base_model.model."): t for k, t in tensors.items()}
+    compiled = {k.replace("base_model.model.", "base_model.model._orig_mod."): t for k, t in tensors.items()}
+    for name, made in (("loud", loud), ("bare", bare), ("compiled", compiled)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+        save_file(made, tmp_path / name / "adapter_model.safetensors")
+        model = Net()
+        ol.load(model, tmp_path / name)
+        assert gap(run(model), y) < 1e-6, name
+
+
+def test_a_file_of_peft_without_its_configuration(tmp_path):
+    folder = GOLDEN / "peft" / "0.10.0" / "rslora"
+    state = ol.load_file(folder / "adapter_model.safetensors")
+    assert state.content() == ol.load_file(folder).content()
+    (tmp_path / "x.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(FileRefused, match="adapter_config"):
+        ol.load_file(tmp_path / "x.safetensors")
+    (tmp_path / "y.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(FileRefused, match=r"2 files.*Give one"):
+        ol.load_file(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["locon-tucker", "loha", "locon", "dora", "lokr"])
+def test_lycoris_to_peft_and_its_reader(case, tmp_path):
+    """What PEFT has goes over as it is; a Tucker convolution as the LoRA that it is."""
+    peft = pytest.importorskip("peft")
+    source = GOLDEN / "lycoris" / f"{case}.safetensors"
+    y = load_file(GOLDEN / "lycoris" / "expected.safetensors")[case]
+    try:
+        report = convert(source, tmp_path / "p", "peft", Net())
+    except NotExpressible as error:
+        assert "groups" in str(error)  # PEFT's convolutions are not grouped
+        tensors = {k: t for k, t in load_file(source).items() if "_groups." not in k}
+        save_file(tensors, tmp_path / "some.safetensors")
+        model = Net()
+        ol.load(model, tmp_path / "some.safetensors")
+        y = run(model)
+        report = convert(tmp_path / "some.safetensors", tmp_path / "p", "peft", Net())
+    assert report["worst"] == 0.0
+    theirs = peft.PeftModel.from_pretrained(Net(), str(tmp_path / "p")).eval()
+    with torch.no_grad():
+        assert gap(theirs(input_ids=IDS), y) < 1e-5

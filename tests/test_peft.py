@@ -293,6 +293,9 @@ def test_vera_from_its_seed(tmp_path):
     model = make("llama")
     ol.load_state(model, from_peft(data, tensors, fan_in=80))
     close(run(model), y)
+    model = make("llama")
+    ol.load(model, tmp_path / "p")  # the model gives the width
+    close(run(model), y)
 
 
 def test_alpha_gives_the_scale_back():

@@ -94,7 +94,7 @@ def convert(
         raise BadValue(f"rank = {rank!r} is no rank.", "Give an integer ≥ 1.")
     origin = Path(source)
     kind = formats.recognised(origin, QUOTA) if origin.exists() else None
-    state = load_file(origin)
+    state = load_file(origin, QUOTA, model)
     adapted = None
     if model is not None:
         state = names.known(model, names.placed(state, model, part))

@@ -18,10 +18,15 @@ from safetensors.torch import save as encode
 from torch import Tensor, nn
 
 from omnilora.core.files import read_json, read_tensors, write_folder
+from omnilora.core.site import called_site
 from omnilora.core.state import AdapterState
 from omnilora.errors import FileRefused, NotExpressible, OmniloraError, UnknownName, nearest
 from omnilora.io import names, single
+from omnilora.io.lycoris import plain
 from omnilora.io.peft import from_peft, to_peft
+from omnilora.io.peft_names import PREFIX, family_of
+from omnilora.io.peft_values import targeted
+from omnilora.parameterizations.lora import LoRA
 
 Files = dict[str, bytes]
 
@@ -54,8 +59,25 @@ def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)}
 
 
+def thinned(state: AdapterState) -> AdapterState:
+    """Products of two thin matrices that PEFT has no type for, or one beside others of another type, as LoRA: the same map."""
+    families = {n: family_of(s.how) for n, s in state.sites.items()}
+    mixed = len({f for f in families.values() if f not in (None, "own")}) > 1
+    sites = {}
+    for name, s in state.sites.items():
+        odd = families[name] is None or (mixed and families[name] not in ("own", "LORA"))
+        ba = plain(name, s, state) if odd else None
+        if ba is not None:
+            r = ba[1].shape[0]
+            s = replace(s, how=LoRA(r, float(r)), scale=1.0, tensors={"A": ba[1], "B": ba[0] * ba[2]}, shared={},
+                        roles={"A": "input", "B": "output"})  # fmt: skip
+        sites[name] = s
+    used = {key for s in sites.values() for key in s.shared.values()}
+    return replace(state, sites=sites, shared={k: t for k, t in state.shared.items() if k in used})
+
+
 def _peft_files(state: AdapterState, to: Target) -> Files:
-    config, tensors = to_peft(state)
+    config, tensors = to_peft(thinned(state))
     text = json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     return {"adapter_config.json": text.encode(), "adapter_model.safetensors": encode(_ordered(tensors), {"format": "pt"})}
 
@@ -97,7 +119,7 @@ def _gguf_trial(state: AdapterState, to: Target) -> None:
 
 FORMATS: dict[str, Format] = {f.name: f for f in (
     Format("omnilora", "omnilora's own folder: every form.", _native_files, lambda s, t: None),
-    Format("peft", "PEFT's folder.", _peft_files, lambda s, t: to_peft(s)),
+    Format("peft", "PEFT's folder.", _peft_files, lambda s, t: to_peft(thinned(s))),
     Format("vllm", "PEFT's folder as servers read it: one rank, α = r, linear LoRA.", _vllm_files, _vllm_trial),
     Format("llama.cpp", "A GGUF adapter for llama.cpp.", _gguf_files, _gguf_trial, True),
     Format("diffusers", "pytorch_lora_weights.safetensors for a diffusers pipeline.",
@@ -204,16 +226,21 @@ def _only_file(path: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def read(path: Path, quota: int) -> AdapterState:
-    """Any adapter that is not omnilora's own folder.
+def read(path: Path, quota: int, model: nn.Module | None = None) -> AdapterState:
+    """Any adapter that is not omnilora's own folder. ``model``: for what a file leaves to the model (VeRA's widths).
 
     Raises: FileRefused for what is no adapter, for pickles that hold more than tensors, and for damaged files.
     """
     kind = recognised(path, quota)
     if kind == "folder of one file":
-        return read(_only_file(path), quota)  # type: ignore[arg-type]
+        return read(_only_file(path), quota, model)  # type: ignore[arg-type]
     if kind == "single":
         header, metadata = single.inside(path, quota)
+        if any(k.startswith(PREFIX) for k in header):
+            if not (path.parent / "adapter_config.json").is_file():
+                raise FileRefused(f"{path.name} has PEFT's names, and no adapter_config.json beside it says its α.",
+                                  "Give the folder of both.")  # fmt: skip
+            return read(path.parent, quota, model)
         return single.read(read_tensors(path, quota), metadata)
     if kind == "gguf":
         from omnilora.io import gguf
@@ -223,7 +250,8 @@ def read(path: Path, quota: int) -> AdapterState:
         weights = _peft_weights(path)
         assert weights is not None
         tensors = read_tensors(weights, quota) if weights.suffix == ".safetensors" else unpickled(weights, quota)
-        return from_peft(read_json(path / "adapter_config.json"), tensors)
+        config = read_json(path / "adapter_config.json")
+        return from_peft(config, tensors, None if model is None else widest(config, model))
     if path.is_file() and path.suffix == ".safetensors":
         raise FileRefused(f"{path.name} is no adapter of a known format.", "Its tensors have none of the known endings.")
     pickle = path.name if path.suffix in PICKLES else next((p.name for p in path.glob("*") if p.suffix in PICKLES), None)
@@ -231,7 +259,16 @@ def read(path: Path, quota: int) -> AdapterState:
         raise FileRefused(f"{path.name} holds {pickle}, a pickle.", "Pickles execute code; convert to safetensors.")
     if not path.exists():
         raise FileRefused(f"{path} does not exist.", "Give an adapter's folder, or its .safetensors or .gguf file.")
+    several = sorted(p.name for p in path.glob("*.safetensors"))
+    if len(several) > 1:
+        raise FileRefused(f"{path} holds {len(several)} files: {', '.join(several[:4])}.", "Give one of them.")
     raise FileRefused(f"{path} holds neither omnilora.json nor an adapter of a known format.")
+
+
+def widest(config: Mapping[str, Any], model: nn.Module) -> int | None:
+    """The largest input width among the layers that a configuration targets."""
+    sites = [called_site(n, m) for n, m in model.named_modules() if n and targeted(config.get("target_modules"), n)]
+    return max((s.fan_in for s in sites if s is not None), default=None)
 
 
 def unpickled(path: Path, quota: int) -> dict[str, Tensor]:

@@ -88,13 +88,13 @@ _NAMED = re.compile(rf"(\.(?:{_LEAF}))\.(?!weight$|bias$)[^.]+(?=$|\.)")
 
 def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under the names of PEFT's files, whatever version or hand wrote them."""
-    bare = not any(k.startswith("base_model.") for k in tensors)
+    names = {k: _NAMED.sub(lambda m: m[1], k.replace("_orig_mod.", "")) for k in tensors}
+    bare = not any(k.startswith("base_model.") for k in tensors) and any(map(_leaf_of_any, names.values()))
     out: dict[str, Tensor] = {}
     for key, t in tensors.items():
         if key.endswith(".ranknum") or ".ranknum." in key:  # AdaLoRA's count of ranks, no part of the map
             continue
-        name = _NAMED.sub(lambda m: m[1], key.replace("_orig_mod.", ""))
-        name = f"{PREFIX}{name}" if bare and _leaf_of_any(name) else name
+        name = f"{PREFIX}{names[key]}" if bare else names[key]
         if ".modules_to_save." in name and name != key:
             name = name.replace(".modules_to_save.", ".")
         if name in out and not torch.equal(out[name], t):
