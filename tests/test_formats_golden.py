@@ -394,3 +394,61 @@ def test_lycoris_to_peft_and_its_reader(case, tmp_path):
     theirs = peft.PeftModel.from_pretrained(Net(), str(tmp_path / "p")).eval()
     with torch.no_grad():
         assert gap(theirs(input_ids=IDS), y) < 1e-5
+
+
+WRITTEN = {
+    "lokr": (LoKr(1, 5.0), ["fc_in", "q_proj", "conv"]), "lokr-both": (LoKr(1, 5.0, both=True), ["q_proj"]),
+    "lokr-whole": (LoKr(9, 5.0, factor=2), ["q_proj", "conv"]), "loha": (LoHa(2, 5.0), ["q_proj", "conv", "groups"]),
+    "loha-dora": (DoRA(LoHa(2, 5.0)), ["q_proj", "conv"]), "lora": (L, ["q_proj", "conv", "proj", "groups"]),
+    "dora": (DoRA(L), ["q_proj", "conv"]), "svd": (SVD(2, 5.0), ["q_proj", "conv"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_lycoris_computes_what_we_wrote(case, tmp_path):
+    lycoris = pytest.importorskip("lycoris", reason="lycoris-lora is not installed; its golden files are read and written without it")
+    how, targets = WRITTEN[case]
+    model = Net()
+    ol.adapt(model, Method("own", how), targets=targets)
+    with torch.no_grad():
+        for i, (_, p) in enumerate((n, p) for s in ol.slots(model) for n, p in s.tensors()):
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.3)
+    ol.export(model, tmp_path / "a.safetensors", "lycoris")
+    net = Net().eval()
+    lycoris.LycorisNetwork.apply_preset({"target_module": ["Net"], "target_name": [".*"]})
+    network, _ = lycoris.create_lycoris_from_weights(1.0, str(tmp_path / "a.safetensors"), net)
+    network.apply_to()
+    network.eval()
+    assert gap(run(net), run(model)) < 1e-5
+
+
+def test_convert_on_a_folder_of_diffusers(tmp_path):
+    """kohya's file to diffusers' and PEFT's by the names of a saved pipeline; diffusers computes the same."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed; conversion on modules is tested without it")
+    transformers = pytest.importorskip("transformers")
+    from golden.make import tiny_unet
+    from typer.testing import CliRunner
+
+    from omnilora.cli.main import app
+
+    home, file = tmp_path / "pipe", GOLDEN / "kohya" / "sd.safetensors"
+    tiny_unet().save_pretrained(home / "unet")
+    config = transformers.CLIPTextConfig(vocab_size=20, hidden_size=4, intermediate_size=6, num_hidden_layers=1,
+                                         num_attention_heads=2, max_position_embeddings=8, projection_dim=4)  # fmt: skip
+    transformers.CLIPTextModel(config).save_pretrained(home / "text_encoder")
+    (home / "model_index.json").write_text("{}")
+    done = CliRunner().invoke(app, ["convert", str(file), str(tmp_path / "d"), "--for", "diffusers", "--model", str(home), "--json"])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["worst"] == 0.0 and len(report["errors"]) == 83
+    theirs = tiny_unet().eval()
+    theirs.load_lora_adapter(tmp_path / "d", prefix="unet", weight_name="pytorch_lora_weights.safetensors")
+    with torch.no_grad():
+        y = theirs(**UNET_INPUTS).sample
+    assert gap(y, load_file(GOLDEN / "kohya" / "expected.safetensors")["unet"]) < 1e-3  # the file is float16
+    done = CliRunner().invoke(app, ["convert", str(file), str(tmp_path / "p"), "--model", str(home / "unet"), "--part", "unet"])
+    assert done.exit_code == 0, done.output
+    unet = tiny_unet().eval()
+    ol.load(unet, tmp_path / "p")
+    with torch.no_grad():
+        assert gap(unet(**UNET_INPUTS).sample, y) < 1e-5

@@ -19,7 +19,7 @@ from omnilora.core import state as states
 from omnilora.core.full import Full
 from omnilora.core.parameterization import Parameterization, is_additive
 from omnilora.core.state import AdapterState, SiteState
-from omnilora.errors import FileRefused, NotExpressible
+from omnilora.errors import FileRefused, NotExpressible, OmniloraError
 from omnilora.io.names import module_of
 from omnilora.io.peft_facts import STORED, shape_of
 from omnilora.parameterizations.dora import DoRA
@@ -251,11 +251,11 @@ def plain(name: str, s: SiteState, state: AdapterState) -> tuple[Tensor, Tensor,
     if type(s.how) is LoRA:
         lora = s.how.conv_layout == "peft"
         return (s.tensor("B", state), s.tensor("A", state), s.scale) if lora else None
-    if type(s.how) in (Full, Kronecker, LoKr):
+    if s.how.rank() == 0:
         return None
     try:
         found = states.delta(s, state).factors()
-    except (AttributeError, NotImplementedError, TypeError):  # the form reads its layer
+    except (AttributeError, NotImplementedError, TypeError, OmniloraError):  # the form reads its layer, or its input
         return None
     return None if found is None or found[1].shape[0] > min(found[0].shape[0], found[1].shape[1]) else (*found, 1.0)
 
