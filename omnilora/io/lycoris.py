@@ -257,7 +257,9 @@ def plain(name: str, s: SiteState, state: AdapterState) -> tuple[Tensor, Tensor,
         found = states.delta(s, state).factors()
     except (AttributeError, NotImplementedError, TypeError, OmniloraError):  # the form reads its layer, or its input
         return None
-    return None if found is None or found[1].shape[0] > min(found[0].shape[0], found[1].shape[1]) else (*found, 1.0)
+    if found is None or found[1].shape[0] > 2 * min(found[0].shape[0], found[1].shape[1]):  # thick: more numbers than ΔW
+        return None
+    return *found, 1.0
 
 
 def kernel_of(name: str, s: SiteState, state: AdapterState) -> tuple[int, ...]:
