@@ -251,7 +251,7 @@ def read(path: Path, quota: int, model: nn.Module | None = None) -> AdapterState
         assert weights is not None
         tensors = read_tensors(weights, quota) if weights.suffix == ".safetensors" else unpickled(weights, quota)
         config = read_json(path / "adapter_config.json")
-        return from_peft(config, tensors, None if model is None else widest(config, model))
+        return from_peft(config, tensors, None if model is None else widest(config, model), model)
     if path.is_file() and path.suffix == ".safetensors":
         raise FileRefused(f"{path.name} is no adapter of a known format.", "Its tensors have none of the known endings.")
     pickle = path.name if path.suffix in PICKLES else next((p.name for p in path.glob("*") if p.suffix in PICKLES), None)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from omnilora.errors import NotExpressible, UnknownName, nearest
+from omnilora.io.peft_starts import from_the_base
 
 # "read": used by the reader; "hint": training or matching, no part of a saved map;
 # "note": about the file; "refused": another map unless neutral. A field that is not listed must be neutral.
@@ -33,9 +34,10 @@ FIELDS: dict[str, str] = {
 KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
-def check_fields(config: Mapping[str, Any]) -> None:
+def check_fields(config: Mapping[str, Any], with_base: bool = False) -> None:
     """Raises UnknownName or NotExpressible for a field that may change the map in a way that is not read; warns of an unknown
-    number or word, which belongs to a switch that is off."""
+    number or word, which belongs to a switch that is off. ``with_base``: the base is there, from which a start can be computed
+    again."""
     for key, value in config.items():
         use = FIELDS.get(key)
         neutral = value is None or value is False or value == {} or value == []
@@ -54,6 +56,9 @@ def check_fields(config: Mapping[str, Any]) -> None:
         warnings.warn("adapter_config.json is of PEFT before 0.14, which trained LoKr without its scale α/r; it is read as present "
                       "PEFT reads it, with the scale.", stacklevel=2)  # fmt: skip
     start = config.get("init_lora_weights", True)
-    if start not in KEEPS_BASE:
+    if start not in KEEPS_BASE and from_the_base(start) and not with_base:
+        raise NotExpressible(f"init_lora_weights = {start!r} took a part out of the base, which the base gives again.",
+                             "Read it with ol.load(model, path), or give the model.")  # fmt: skip
+    if start not in KEEPS_BASE and not from_the_base(start):
         raise NotExpressible(f"init_lora_weights = {start!r} changed the base weights that this adapter sits on.",
                              "Save it with path_initial_model_for_weight_conversion first.")  # fmt: skip

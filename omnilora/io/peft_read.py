@@ -22,6 +22,7 @@ from omnilora.io.peft_facts import STORED
 from omnilora.io.peft_fields import check_fields
 from omnilora.io.peft_names import PREFIX, SHARED, TOKENS, entries, nested, renamed
 from omnilora.io.peft_relatives import RELATIVES
+from omnilora.io.peft_starts import from_the_base, shifted
 from omnilora.io.peft_values import matched, targeted
 from omnilora.parameterizations.dora import DoRA
 from omnilora.parameterizations.lora import LoRA
@@ -42,25 +43,28 @@ _KEYS = {"ADALORA": "adalora", "VERA": "vera", "LN_TUNING": "ln_tuning", "TRAINA
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT writes their base weights when they are targeted or resized
 
 
-def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fan_in: int | None = None) -> AdapterState:
+def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fan_in: int | None = None,
+              model: nn.Module | None = None) -> AdapterState:  # fmt: skip
     """An adapter state from PEFT's config and tensors.
 
     Args:
         fan_in: the largest input width among the adapted layers; needed for VeRA saved without its projections.
+        model: the base with its weights; needed for starts that were taken out of it (PiSSA, OLoRA).
 
     Raises: UnknownName for fields that are not known, NotExpressible for maps that are not covered, FileRefused for
     missing or unexpected tensors.
     """
     try:
-        return _state(config, tensors, fan_in)
+        return _state(config, tensors, fan_in, model)
     except OmniloraError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise FileRefused(f"adapter_config.json breaks the format: {type(error).__name__} {error}.") from error
 
 
-def _state(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fan_in: int | None) -> AdapterState:
-    check_fields(config)
+def _state(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fan_in: int | None,
+           model: nn.Module | None) -> AdapterState:  # fmt: skip
+    check_fields(config, model is not None)
     family = str(config.get("peft_type"))
     if family not in _SUFFIXES:
         raise NotExpressible(f"peft_type {family!r} cannot be read.", f"Readable: {', '.join(_SUFFIXES)}.")
@@ -73,6 +77,8 @@ def _state(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fan_in: int
     native = renamed(entries(sites), found.rest)
     sites = {n: replace(s, tensors={k: native[f"{n}::{k}"] for k in s.roles if k not in s.shared})
              for n, s in sites.items()}  # fmt: skip
+    if model is not None and from_the_base(start := config.get("init_lora_weights")):
+        sites = shifted(sites, start, model)
     shared = {k.removeprefix("shared::"): t for k, t in native.items() if k.startswith("shared::")}
     for site, shift in found.shifts.items():
         sites[site] = _shifted(sites.get(site), shift * sites[site.rpartition(".")[0]].scale)
