@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden.make import IDS, LYCORIS, UNET_INPUTS, Net
+from golden.make import IDS, KOHYA, LYCORIS, UNET_INPUTS, WEIGHTS, Net
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -106,6 +106,37 @@ def test_kohya_names_find_their_layers():
         names.placed(state, pipeline()["unet"], part="te2")
     with pytest.raises(StateMismatch, match="no layer"):
         names.placed(state, Net(), part="unet")
+
+
+@pytest.mark.parametrize("case", KOHYA)
+def test_kohya_gives_the_weights_that_its_library_merges(case):
+    """On a module of the UNet's names, with its weights at three layers."""
+    from omnilora.core.context import Context
+
+    expected = load_file(GOLDEN / "kohya" / "expected.safetensors")
+    unet = pipeline()["unet"]
+    with torch.no_grad():
+        for path in WEIGHTS:
+            unet.get_submodule(path).weight.copy_(expected[f"base.{path}"])
+    ol.load(unet, GOLDEN / "kohya" / f"{case}.safetensors")
+    found = {s.site.name: s for s in ol.slots(unet) if s.site.called}
+    assert set(found) == set(WEIGHTS)
+    for path, slot in found.items():
+        made = slot.how.adapt(slot.site.W, slot, Context()).dense()
+        want = expected[f"{case}.{path}"].flatten(1)
+        assert gap(want, expected[f"base.{path}"].flatten(1)) > 1e-2
+        assert gap(made, want) < 1e-6, path
+
+
+@pytest.mark.parametrize("case", KOHYA)
+def test_kohya_outputs(case):
+    pytest.importorskip("diffusers", reason="diffusers is not installed; merged weights are compared without it")
+    from golden.make import tiny_unet
+
+    unet = tiny_unet().eval()
+    ol.load(unet, GOLDEN / "kohya" / f"{case}.safetensors")
+    with torch.no_grad():
+        assert gap(unet(**UNET_INPUTS).sample, load_file(GOLDEN / "kohya" / "expected.safetensors")[f"{case}.output"]) < 1e-5
 
 
 def test_kohya_is_written_as_it_was(tmp_path):
@@ -452,3 +483,20 @@ def test_convert_on_a_folder_of_diffusers(tmp_path):
     ol.load(unet, tmp_path / "p")
     with torch.no_grad():
         assert gap(unet(**UNET_INPUTS).sample, y) < 1e-5
+
+
+def test_own_copies_are_differences_to_lycoris(tmp_path):
+    model = Net()
+    ol.adapt(model, Method("own", L), targets=["q_proj"], unfreeze=["norm", "proj"])
+    with torch.no_grad():
+        for s in ol.slots(model):
+            for _, p in s.tensors():
+                p.add_(0.3)
+    with pytest.raises(NotExpressible, match="difference"):
+        ol.export(ol.state(model), tmp_path / "a.safetensors", "lycoris")
+    ol.export(model, tmp_path / "a.safetensors", "lycoris")
+    leaves = {k.rpartition("lycoris_")[2] for k in load_file(tmp_path / "a.safetensors")}
+    assert {"norm.w_norm", "norm.b_norm", "proj.diff", "proj.diff_b", "q_proj.lora_up.weight"} <= leaves
+    again = Net()
+    ol.load(again, tmp_path / "a.safetensors")
+    assert gap(run(again), run(model)) < 1e-6

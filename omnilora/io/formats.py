@@ -18,8 +18,9 @@ from safetensors.torch import save as encode
 from torch import Tensor, nn
 
 from omnilora.core.files import read_json, read_tensors, write_folder
+from omnilora.core.full import Full
 from omnilora.core.site import called_site
-from omnilora.core.state import AdapterState
+from omnilora.core.state import AdapterState, site_at
 from omnilora.errors import FileRefused, NotExpressible, OmniloraError, UnknownName, nearest
 from omnilora.io import names, single
 from omnilora.io.lycoris import plain
@@ -88,6 +89,21 @@ def _native_files(state: AdapterState, to: Target) -> Files:
     return files_of(state)
 
 
+def differences(state: AdapterState, model: nn.Module | None) -> AdapterState:
+    """Own copies of whole tensors as what they add to the base, where the base's weights are there."""
+    if model is None:
+        return state
+    layers, sites = dict(model.named_modules()), {}
+    for name, s in state.sites.items():
+        if type(s.how) is Full and not s.how.delta_form and s.how.rows is None and s.region is None:
+            site = site_at(model, name, s, layers)
+            if not site.store.parameter.is_meta:
+                own = s.tensor("W", state)
+                s = replace(s, how=Full(delta_form=True), tensors={"W": own - site.read().detach().to(own)}, shared={})
+        sites[name] = s
+    return replace(state, sites=sites)
+
+
 def _one_file(name: str, tensors: Mapping[str, Tensor], state: AdapterState) -> Files:
     kept = {k: v for k, v in state.extra.get("metadata", {}).items() if k != single.METADATA}
     return {name: encode(_ordered(tensors), {**kept, "format": "pt"})}
@@ -129,8 +145,8 @@ FORMATS: dict[str, Format] = {f.name: f for f in (
            lambda s, t: _one_file("adapter.safetensors", single.kohya(s, t.part), s),
            lambda s, t: single.kohya(s, t.part), True, False),
     Format("lycoris", "LyCORIS' single file: LoHa, LoKr, (IA)³, OFT, differences besides.",
-           lambda s, t: _one_file("adapter.safetensors", single.kohya(s, t.part, False), s),
-           lambda s, t: single.kohya(s, t.part, False), True, False),
+           lambda s, t: _one_file("adapter.safetensors", single.kohya(differences(s, t.model), t.part, False), s),
+           lambda s, t: single.kohya(differences(s, t.model), t.part, False), True, False),
 )}  # fmt: skip
 ALIASES = {"gguf": "llama.cpp", "sglang": "vllm"}
 

@@ -293,8 +293,14 @@ def leaves_of(name: str, s: SiteState, state: AdapterState, lora_only: bool = Fa
     writer = _WRITERS.get(type(inner))
     if writer is None or (lora_only and type(inner) is not TuckerLoRA):
         raise NotExpressible(f"{name}: a {type(inner).__name__} is no map of this format.", "Give rank= to lower it.")
+    if type(inner) is Full and not is_difference(inner):
+        raise NotExpressible(f"{name}: an own copy is no difference, which these files hold.", "Give the model with its weights.")
     t = {k: s.tensor(k, state) for k in s.roles}
     return writer(inner, t, s.scale, kernel_of(name, s, state))
+
+
+def is_difference(how: Any) -> bool:
+    return type(how) is Full and how.delta_form and how.rows is None
 
 
 def alpha_of(scale: float, r: int) -> Tensor:
@@ -341,8 +347,6 @@ def _write_kron(how: Any, t: Leaves, scale: float, shape: tuple[int, ...]) -> Le
 
 
 def _write_full(how: Full, t: Leaves, scale: float, shape: tuple[int, ...]) -> Leaves:
-    if not how.delta_form or how.rows is not None:
-        raise NotExpressible("An own copy is no difference, which these files hold.", "Leave it out.")
     return {"diff": t["W"].reshape(t["W"].shape[0], *shape) if shape else t["W"]}
 
 

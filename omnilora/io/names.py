@@ -8,6 +8,7 @@ model nobody knows which underscores were dots. A state read without a model kee
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -157,6 +158,9 @@ def _found(group: Mapping[str, str], begin: str, layers: Mapping[str, nn.Module]
             raise StateMismatch(f"{raw!r} fits {len(paths)} layers of the model: {', '.join(paths[:4])}.",
                                 "Rename one of them, or give a file whose names have dots.")  # fmt: skip
         out[raw] = paths[0]
+    again = [p for p, n in Counter(out.values()).items() if n > 1]
+    if again:
+        raise StateMismatch(f"Two layers of the file are {again[0]!r}.", "The file mixes ways of writing names.")
     return out
 
 
