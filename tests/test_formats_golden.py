@@ -179,9 +179,9 @@ def test_what_is_not_read(tmp_path):
     good = {"lora_unet_q_proj.lora_down.weight": torch.ones(1, 8), "lora_unet_q_proj.lora_up.weight": torch.ones(8, 1)}
     for extra, error, why in [
         ({"bundle_emb.cat.string_to_param.*": torch.ones(1, 4)}, NotExpressible, "embedding"),
-        ({"lora_unet_v_proj.a1.weight": torch.ones(2, 2)}, NotExpressible, "GLoRA"),
+        ({"lora_unet_v_proj.bm.weight": torch.ones(2, 2, 1, 1)}, NotExpressible, "GLoRA"),
         ({"lora_unet_v_proj.lambda_layer": torch.ones(1, 2)}, NotExpressible, "T-LoRA"),
-        ({"lora_unet_v_proj.oft_blocks": torch.ones(1, 2, 2, 2)}, NotExpressible, "BOFT"),
+        ({"lora_unet_v_proj.oft_blocks": torch.ones(2, 2)}, FileRefused, "fit together"),
         ({"something.else": torch.ones(2)}, FileRefused, "Unexpected"),
         ({"lora_unet_v_proj.lora_down.weight": torch.ones(1, 8)}, FileRefused, "fit together"),
         ({"lora_unet_q_proj.hada_t1": torch.ones(1, 8)}, FileRefused, "unexpected"),

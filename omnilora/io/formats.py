@@ -144,7 +144,7 @@ FORMATS: dict[str, Format] = {f.name: f for f in (
     Format("kohya", "kohya's single file: LoRA and DoRA, lora_unet_ and lora_te_ names.",
            lambda s, t: _one_file("adapter.safetensors", single.kohya(s, t.part), s),
            lambda s, t: single.kohya(s, t.part), True, False),
-    Format("lycoris", "LyCORIS' single file: LoHa, LoKr, (IA)³, OFT, differences besides.",
+    Format("lycoris", "LyCORIS' single file: LoHa, LoKr, (IA)³, OFT, BOFT, GLoRA, differences besides.",
            lambda s, t: _one_file("adapter.safetensors", single.kohya(differences(s, t.model), t.part, False), s),
            lambda s, t: single.kohya(differences(s, t.model), t.part, False), True, False),
 )}  # fmt: skip

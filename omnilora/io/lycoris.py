@@ -27,6 +27,7 @@ from omnilora.parameterizations.hadamard import LoHa
 from omnilora.parameterizations.kronecker import LoKr
 from omnilora.parameterizations.lora import LoRA
 from omnilora.parameterizations.lycoris import InputDoRA, Kronecker, OutputOFT, TuckerLoHa, TuckerLoRA, WeightScale
+from omnilora.parameterizations.lycoris_products import ButterflyOFT, ProductLoRA
 
 ALIASES = {  # other programs' words for a leaf
     "lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight",
@@ -42,10 +43,11 @@ LEAVES = (
     "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
     "diff", "diff_b", "w_norm", "b_norm", "on_input", "weight", "oft_blocks", "rescale",
+    "a1.weight", "a2.weight", "b1.weight", "b2.weight",
 )  # fmt: skip
 UNREAD = {
     "bundle_emb": "an embedding that trained with the adapter (pivotal tuning)",
-    "a1.weight": "GLoRA", "a2.weight": "GLoRA", "b1.weight": "GLoRA", "b2.weight": "GLoRA", "bm.weight": "GLoRA",
+    "bm.weight": "GLoRA with a core over the kernel",
     "q_layer.weight": "T-LoRA", "p_layer.weight": "T-LoRA", "lambda_layer": "T-LoRA",
     "bias_indices": "a sparse difference", "bias_values": "a sparse difference", "bias_size": "a sparse difference",
     "set_weight": "a replaced weight", "lora_up.bias": "a bias of the upper half", "lora_B.bias": "a bias of B",
@@ -53,7 +55,7 @@ UNREAD = {
 ROLES = {
     "A": "input", "B": "output", "T": "core", "A1": "input", "B1": "output", "T1": "core", "A2": "input", "B2": "output",
     "T2": "core", "w1": "core", "w1a": "output", "w1b": "input", "w2": "core", "w2a": "output", "w2b": "input",
-    "t2": "core", "X": "core", "s": "magnitude", "W": "own",
+    "t2": "core", "X": "core", "s": "magnitude", "W": "own", "a1": "core", "a2": "input", "C": "input",
 }  # fmt: skip
 _PROCESSOR = re.compile(r"(.*\.to_(?:q|k|v|out)_lora)\.(down|up)\.weight")  # diffusers' attention processors
 Leaves = dict[str, Tensor]
@@ -142,7 +144,7 @@ def _vector(t: Tensor) -> SiteState:
 
 def _reader(left: Leaves) -> Any:
     readers = {"lora_down.weight": _read_lora, "hada_w1_a": _read_loha, "lokr_w1": _read_lokr, "lokr_w1_a": _read_lokr,
-               "diff": _read_diff, "on_input": _read_scale, "oft_blocks": _read_oft}  # fmt: skip
+               "diff": _read_diff, "on_input": _read_scale, "oft_blocks": _read_oft, "a1.weight": _read_glora}  # fmt: skip
     found = [f for leaf, f in readers.items() if leaf in left]
     if not found:
         raise ValueError("no known map")
@@ -233,12 +235,22 @@ def _read_scale(left: Leaves) -> Read:
 
 def _read_oft(left: Leaves) -> Read:
     blocks, alpha = left.pop("oft_blocks"), left.pop("alpha", torch.tensor(0.0))
-    if blocks.dim() != 3:
-        raise NotExpressible("LyCORIS' BOFT (oft_blocks with four dimensions) is not read.")
     tensors: Leaves = {"X": blocks}
     if "rescale" in left:
         tensors["s"] = left.pop("rescale").flatten()
+    if blocks.dim() == 4:
+        how = ButterflyOFT(blocks.shape[2], blocks.shape[0], max(float(alpha), 0.0), "s" in tensors)
+        return Read(how, 1.0, tensors)
+    if blocks.dim() != 3:
+        raise ValueError(f"oft_blocks of {blocks.dim()} dimensions")
     return Read(OutputOFT(blocks.shape[1], max(float(alpha), 0.0), "s" in tensors), 1.0, tensors)
+
+
+def _read_glora(left: Leaves) -> Read:
+    a1, a2, b1, b2 = (left.pop(f"{x}.weight") for x in ("a1", "a2", "b1", "b2"))
+    alpha, scale, more = _scale(left, a2.shape[0])
+    tensors = {"a1": a1.flatten(1), "a2": a2.flatten(1) * more, "B": b1.flatten(1), "C": b2.flatten(1) * more}
+    return Read(ProductLoRA(a2.shape[0], alpha), scale, tensors, (b1.shape[0], *b2.shape[1:]), b2.dim() > 2)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -356,7 +368,14 @@ def _write_scale(how: WeightScale, t: Leaves, scale: float, shape: tuple[int, ..
             "on_input": torch.tensor(int(how.side == "input"))}  # fmt: skip
 
 
-def _write_oft(how: OutputOFT, t: Leaves, scale: float, shape: tuple[int, ...]) -> Leaves:
+def _write_glora(how: ProductLoRA, t: Leaves, scale: float, shape: tuple[int, ...]) -> Leaves:
+    ones = (1,) * max(len(shape) - 1, 0)
+    c = t["C"].reshape(how.r, *shape) if shape else t["C"]
+    return {"a1.weight": t["a1"].reshape(*t["a1"].shape, *ones), "a2.weight": t["a2"].reshape(*t["a2"].shape, *ones),
+            "b1.weight": t["B"].reshape(*t["B"].shape, *ones), "b2.weight": c, "alpha": alpha_of(scale, how.r)}  # fmt: skip
+
+
+def _write_oft(how: OutputOFT | ButterflyOFT, t: Leaves, scale: float, shape: tuple[int, ...]) -> Leaves:
     out = {"oft_blocks": t["X"], "alpha": torch.tensor(how.constraint)}
     return out | ({"rescale": t["s"].reshape(-1, 1, *(1,) * max(len(shape) - 1, 0))} if "s" in t else {})
 
@@ -364,4 +383,5 @@ def _write_oft(how: OutputOFT, t: Leaves, scale: float, shape: tuple[int, ...]) 
 _WRITERS: dict[type, Any] = {
     TuckerLoRA: _write_tucker, LoHa: _write_loha, TuckerLoHa: _write_tucker_loha, Kronecker: _write_kron, LoKr: _write_kron,
     Full: _write_full, WeightScale: _write_scale, OutputOFT: _write_oft,
+    ButterflyOFT: _write_oft, ProductLoRA: _write_glora,
 }  # fmt: skip

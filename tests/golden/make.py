@@ -82,6 +82,8 @@ LYCORIS = {
     "full": dict(algo="full", train_norm=True),
     "ia3": dict(algo="ia3"),
     "oft": dict(algo="diag-oft"),
+    "boft": dict(algo="boft", linear_dim=2),
+    "glora": dict(algo="glora"),
     "oft-bounded": dict(algo="diag-oft", constraint=0.01, rescaled=True),
 }
 
@@ -92,7 +94,8 @@ def lycoris():
     (HERE / "lycoris").mkdir(exist_ok=True)
     expected = {}
     for name, options in LYCORIS.items():
-        LycorisNetwork.apply_preset({"target_module": ["Net"], "target_name": [".*"]})
+        some = ["q_proj", "conv"] if options["algo"] in ("boft", "glora") else [".*"]  # sizes that halve, and no groups
+        LycorisNetwork.apply_preset({"target_module": [] if len(some) > 1 else ["Net"], "target_name": some})
         torch.manual_seed(0)
         net = Net()
         wrapped = create_lycoris(net, 1.0, **{"linear_dim": 2, "linear_alpha": 3, "preset": "full", **options})
