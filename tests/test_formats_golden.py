@@ -355,7 +355,13 @@ def test_a_pickle_runs_nothing(tmp_path, capsys):
             torch.save(data, folder / "adapter_model.bin")
         with pytest.raises(FileRefused, match=r"adapter_model\.bin"):
             ol.load_file(folder)
+    torch.save({"x": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(FileRefused, match=r"evil\.pt"):
+        ol.load_file(tmp_path / "evil.pt")
     assert "executed" not in capsys.readouterr().out
+    tensors = load_file(GOLDEN / "lycoris" / "locon.safetensors")
+    torch.save(tensors, tmp_path / "old.pt")
+    assert ol.load_file(tmp_path / "old.pt").numel() == ol.load_file(GOLDEN / "lycoris" / "locon.safetensors").numel()
     with pytest.raises(FileRefused, match="quota"):
         ol.load_file(good, quota=100)
 

@@ -225,7 +225,7 @@ def recognised(path: Path, quota: int) -> str | None:
     if path.is_file():
         if path.suffix == ".safetensors":
             return "single" if single.reads(single.inside(path, quota)[0]) else None
-        return "gguf" if path.suffix == ".gguf" else None
+        return "pickle" if path.suffix in PICKLES else "gguf" if path.suffix == ".gguf" else None
     if (path / "omnilora.json").exists():
         return "omnilora"
     if (path / "adapter_config.json").exists() and _peft_weights(path) is not None:
@@ -238,7 +238,7 @@ def _peft_weights(path: Path) -> Path | None:
 
 
 def _only_file(path: Path) -> Path | None:
-    found = [p for p in path.glob("*.safetensors") if p.is_file()] + list(path.glob("*.gguf"))
+    found = [*path.glob("*.safetensors"), *path.glob("*.gguf"), *path.glob("pytorch_lora_weights.bin")]
     return found[0] if len(found) == 1 else None
 
 
@@ -258,6 +258,11 @@ def read(path: Path, quota: int, model: nn.Module | None = None) -> AdapterState
                                   "Give the folder of both.")  # fmt: skip
             return read(path.parent, quota, model)
         return single.read(read_tensors(path, quota), metadata)
+    if kind == "pickle":
+        tensors = unpickled(path, quota)
+        if single.reads(tensors):
+            return single.read(tensors)
+        raise FileRefused(f"{path.name} is a pickle of tensors, no adapter of a known format.", "Give the folder of a PEFT adapter.")
     if kind == "gguf":
         from omnilora.io import gguf
 
@@ -270,7 +275,7 @@ def read(path: Path, quota: int, model: nn.Module | None = None) -> AdapterState
         return from_peft(config, tensors, None if model is None else widest(config, model), model)
     if path.is_file() and path.suffix == ".safetensors":
         raise FileRefused(f"{path.name} is no adapter of a known format.", "Its tensors have none of the known endings.")
-    pickle = path.name if path.suffix in PICKLES else next((p.name for p in path.glob("*") if p.suffix in PICKLES), None)
+    pickle = next((p.name for p in path.glob("*") if p.suffix in PICKLES), None)
     if pickle is not None:
         raise FileRefused(f"{path.name} holds {pickle}, a pickle.", "Pickles execute code; convert to safetensors.")
     if not path.exists():
@@ -288,7 +293,7 @@ def widest(config: Mapping[str, Any], model: nn.Module) -> int | None:
 
 
 def unpickled(path: Path, quota: int) -> dict[str, Tensor]:
-    """``adapter_model.bin`` of PEFT's first versions: tensors and nothing else, by torch's restricted reader."""
+    """A pickle of PEFT's, kohya's or diffusers' first versions: tensors and nothing else, by torch's restricted reader."""
     if path.stat().st_size > quota:
         raise FileRefused(f"{path.name} has {path.stat().st_size} bytes.", f"The quota is {quota}.")
     try:
@@ -297,5 +302,5 @@ def unpickled(path: Path, quota: int) -> dict[str, Tensor]:
         raise FileRefused(f"{path.name} is a pickle that holds more than tensors, or is damaged "
                           f"({type(error).__name__}).", "Convert it to safetensors where you trust it.") from error  # fmt: skip
     if not isinstance(data, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items()):
-        raise FileRefused(f"{path.name} holds no table of tensors.")
+        raise FileRefused(f"{path.name} is a pickle that holds no table of tensors.")
     return {k: v.detach().contiguous() for k, v in data.items()}
