@@ -506,3 +506,14 @@ def test_own_copies_are_differences_to_lycoris(tmp_path):
     again = Net()
     ol.load(again, tmp_path / "a.safetensors")
     assert gap(run(again), run(model)) < 1e-6
+
+
+@pytest.mark.parametrize("case", ["locon", "lokr", "dora"])
+def test_our_own_folder_keeps_a_files_names_until_there_is_a_model(case, tmp_path):
+    file = GOLDEN / "lycoris" / f"{case}.safetensors"
+    path = Path(convert(file, tmp_path / "a", "omnilora")["path"])
+    assert sorted(p.name for p in path.iterdir()) == ["omnilora.json", "omnilora.safetensors"], "no half of a PEFT folder"
+    model, direct = Net(), Net()
+    ol.load(model, path)
+    ol.load(direct, file)
+    assert torch.equal(run(model), run(direct))
