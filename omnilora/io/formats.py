@@ -27,6 +27,7 @@ from omnilora.io.lycoris import plain
 from omnilora.io.peft import from_peft, to_peft
 from omnilora.io.peft_names import PREFIX, family_of
 from omnilora.io.peft_values import targeted
+from omnilora.io.vllm import folded
 from omnilora.parameterizations.lora import LoRA
 
 Files = dict[str, bytes]
@@ -110,14 +111,10 @@ def _one_file(name: str, tensors: Mapping[str, Tensor], state: AdapterState) -> 
 
 
 def _vllm_files(state: AdapterState, to: Target) -> Files:
-    from omnilora.io.export import folded
-
     return _peft_files(folded(state), to)
 
 
 def _vllm_trial(state: AdapterState, to: Target) -> None:
-    from omnilora.io.export import folded
-
     to_peft(folded(state))
 
 
