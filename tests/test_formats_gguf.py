@@ -99,6 +99,8 @@ def test_llama_cpp_computes_what_we_do(kind, tmp_path):
     report = ol.export(model, tmp_path / "adapter.gguf", "llama.cpp")
     assert report["worst"] == 0.0
     assert gap(theirs(file, report["path"]), y) < 1e-5
+    half = ol.export(model, tmp_path / "half.gguf", "llama.cpp", save_dtype="fp16")
+    assert 0 < half["worst"] < 1e-3 and 1e-6 < gap(theirs(file, half["path"]), y) < 1e-2
     again = base(kind)
     ol.load(again, tmp_path / "adapter.gguf")
     assert gap(logits(again), y) < 1e-5

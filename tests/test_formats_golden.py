@@ -517,3 +517,22 @@ def test_our_own_folder_keeps_a_files_names_until_there_is_a_model(case, tmp_pat
     ol.load(model, path)
     ol.load(direct, file)
     assert torch.equal(run(model), run(direct))
+
+
+@pytest.mark.parametrize("target", ["kohya", "lycoris", "diffusers", "peft"])
+def test_sixteen_bits_with_their_error(target, tmp_path):
+    model = Net()
+    ol.adapt(model, Method("own", L), targets=["q_proj", "v_proj"])
+    with torch.no_grad():
+        for s in ol.slots(model):
+            s.B.copy_(torch.randn(s.B.shape, generator=torch.Generator().manual_seed(3)))
+    report = ol.export(model, tmp_path / "a", target, save_dtype="bf16")
+    assert 1e-4 < report["worst"] < 1e-2 and set(report["errors"]) == {"q_proj", "v_proj"}
+    (file,) = (tmp_path / "a").glob("*.safetensors")
+    assert {t.dtype for t in load_file(file).values() if t.dim()} == {torch.bfloat16}
+    again = Net()
+    ol.load(again, tmp_path / "a")
+    assert 0 < gap(run(again), run(model)) < 1e-2
+    for bad, form in (("fp8", target), ("bf16", "omnilora")):
+        with pytest.raises(BadValue, match="save_dtype"):
+            ol.export(model, tmp_path / "b", form, save_dtype=bad)

@@ -35,10 +35,11 @@ Files = dict[str, bytes]
 
 @dataclass(frozen=True)
 class Target:
-    """What a writer may ask besides the state: the model (also without weights), the part of a pipeline."""
+    """What a writer may ask besides the state: the model (also without weights), the part of a pipeline, 16 bits."""
 
     model: nn.Module | None = None
     part: str | None = None
+    dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,13 @@ class Format:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def _ordered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)}
+def _ordered(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    return {k: rounded(tensors[k], dtype).detach().cpu().contiguous() for k in sorted(tensors)}
+
+
+def rounded(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Vectors and matrices in ``dtype``; α and counts as they are."""
+    return t if dtype is None or not t.is_floating_point() or t.dim() == 0 else t.to(dtype)
 
 
 def thinned(state: AdapterState) -> AdapterState:
@@ -81,7 +87,7 @@ def thinned(state: AdapterState) -> AdapterState:
 def _peft_files(state: AdapterState, to: Target) -> Files:
     config, tensors = to_peft(thinned(state))
     text = json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    return {"adapter_config.json": text.encode(), "adapter_model.safetensors": encode(_ordered(tensors), {"format": "pt"})}
+    return {"adapter_config.json": text.encode(), "adapter_model.safetensors": encode(_ordered(tensors, to.dtype), {"format": "pt"})}
 
 
 def _native_files(state: AdapterState, to: Target) -> Files:
@@ -105,9 +111,9 @@ def differences(state: AdapterState, model: nn.Module | None) -> AdapterState:
     return replace(state, sites=sites)
 
 
-def _one_file(name: str, tensors: Mapping[str, Tensor], state: AdapterState) -> Files:
+def _one_file(name: str, tensors: Mapping[str, Tensor], state: AdapterState, to: Target) -> Files:
     kept = {k: v for k, v in state.extra.get("metadata", {}).items() if k != single.METADATA}
-    return {name: encode(_ordered(tensors), {**kept, "format": "pt"})}
+    return {name: encode(_ordered(tensors, to.dtype), {**kept, "format": "pt"})}
 
 
 def _vllm_files(state: AdapterState, to: Target) -> Files:
@@ -121,7 +127,7 @@ def _vllm_trial(state: AdapterState, to: Target) -> None:
 def _gguf_files(state: AdapterState, to: Target) -> Files:
     from omnilora.io import gguf
 
-    return {"adapter.gguf": gguf.written(state, to.model)}
+    return {"adapter.gguf": gguf.written(state, to.model, to.dtype)}
 
 
 def _gguf_trial(state: AdapterState, to: Target) -> None:
@@ -136,13 +142,13 @@ FORMATS: dict[str, Format] = {f.name: f for f in (
     Format("vllm", "PEFT's folder as servers read it: one rank, α = r, linear LoRA.", _vllm_files, _vllm_trial),
     Format("llama.cpp", "A GGUF adapter for llama.cpp.", _gguf_files, _gguf_trial, True),
     Format("diffusers", "pytorch_lora_weights.safetensors for a diffusers pipeline.",
-           lambda s, t: _one_file("pytorch_lora_weights.safetensors", single.diffusers(s, t.part), replace(s, extra={})),
+           lambda s, t: _one_file("pytorch_lora_weights.safetensors", single.diffusers(s, t.part), replace(s, extra={}), t),
            lambda s, t: single.diffusers(s, t.part), True),
     Format("kohya", "kohya's single file: LoRA and DoRA, lora_unet_ and lora_te_ names.",
-           lambda s, t: _one_file("adapter.safetensors", single.kohya(s, t.part), s),
+           lambda s, t: _one_file("adapter.safetensors", single.kohya(s, t.part), s, t),
            lambda s, t: single.kohya(s, t.part), True, False),
     Format("lycoris", "LyCORIS' single file: LoHa, LoKr, (IA)³, OFT, BOFT, GLoRA, differences besides.",
-           lambda s, t: _one_file("adapter.safetensors", single.kohya(differences(s, t.model), t.part, False), s),
+           lambda s, t: _one_file("adapter.safetensors", single.kohya(differences(s, t.model), t.part, False), s, t),
            lambda s, t: single.kohya(differences(s, t.model), t.part, False), True, False),
 )}  # fmt: skip
 ALIASES = {"gguf": "llama.cpp", "sglang": "vllm"}
