@@ -26,6 +26,7 @@ def peft_table() -> str:
     """Every case of tests/test_peft.py, run here: the relative difference of outputs, both ways, and the refusals."""
     import peft
     import test_peft as cases
+    import test_peft_relatives as relatives
 
     import omnilora as ol
     from omnilora.core.method import Method
@@ -44,6 +45,12 @@ def peft_table() -> str:
             theirs = peft.PeftModel.from_pretrained(cases.make(kind), str(path)).eval()
             form = type(how).__name__ + (f" over {type(how.inner).__name__}" if hasattr(how, "inner") else "")
             lines.append(f"| {name} | {kind} | {form} | {_gap(cases.run(theirs), cases.run(model)):.1e} |")
+        for name, (how, targets) in relatives.OURS.items():
+            model = relatives.adapted(how, targets)
+            path = ol.save(model, Path(scratch) / f"ro-{name}")
+            theirs = peft.PeftModel.from_pretrained(relatives.Net(), str(path))
+            gap = _gap(relatives.run(theirs), relatives.run(model))
+            lines.append(f"| {name} | kinds | {type(how).__name__} | {gap:.1e} |")
         lines += ["", "## PEFT's, loaded here", "", "| case | model | type | relative difference of outputs |",
                   "| --- | --- | --- | --- |"]  # fmt: skip
         for name, (kind, config) in cases.PEFTS.items():
@@ -52,6 +59,12 @@ def peft_table() -> str:
             model = cases.make(kind)
             ol.load(model, path)
             lines.append(f"| {name} | {kind} | {config.peft_type.value} | {_gap(cases.run(model), y):.1e} |")
+        for name, config in relatives.CONFIGS.items():
+            theirs = relatives.saved(config(), Path(scratch) / f"rp-{name}")
+            model = relatives.Net()
+            ol.load(model, Path(scratch) / f"rp-{name}")
+            gap = _gap(relatives.run(model), relatives.run(theirs))
+            lines.append(f"| {name} | kinds | {config().peft_type.value} | {gap:.1e} |")
     lines += ["", "## Refused, with the reason", "", "| case | reason |", "| --- | --- |"]
     for name, (how, options, _) in cases.REFUSED.items():
         model = cases.Net() if name == "svd-conv1d" else cases.Odd()

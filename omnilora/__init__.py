@@ -30,8 +30,8 @@ _HOME = {
     "prepare": "core.method", "combine": "core.method",
     "train": "training.fit", "TrainConfig": "training.config", "evaluate": "training.evaluate",
     "generate": "training.evaluate", "stream": "training.evaluate", "load_trained": "training.models",
-    "explain": "explanation", "fit": "training.fit",
-    "gradient_checkpointing": "training.recompute", "export": "io.export", "quantize": "stores.nf4_layer",
+    "explain": "explanation", "fit": "training.fit", "gradient_checkpointing": "training.recompute",
+    "export": "io.export", "convert": "io.export", "push": "io.hub", "pull": "io.hub", "quantize": "stores.nf4_layer",
     "compare": "comparison.runner", "integrate": "integrations.trainer", "Reference": "integrations.reference",
 }  # fmt: skip
 

@@ -103,6 +103,12 @@ class RunError(OmniloraError):
     code = "run"
 
 
+class HubError(OmniloraError):
+    """The Hugging Face Hub cannot be reached, or refuses."""
+
+    code = "hub"
+
+
 class NeedsExtra(OmniloraError, ImportError):
     """An optional package is missing; the message names the extra that brings it."""
 

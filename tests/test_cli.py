@@ -25,7 +25,7 @@ from omnilora.parameterizations.lora import LoRA
 from omnilora.verify import verify
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("list", "show", "verify", "explain", "train", "eval", "generate", "chat", "merge", "export", "convert", "info", "diff")
+COMMANDS = ("list", "show", "verify", "explain", "train", "eval", "generate", "chat", "merge", "export", "convert", "push", "pull", "info", "diff")
 WORDS = [f"w{i}" for i in range(40)]
 
 

@@ -115,8 +115,9 @@ def test_a_quantized_base_is_counted_as_it_will_be_held(llama, key, hyper, meta)
 
 def test_formats_say_why_not(llama):
     assert explain(llama, "lora").formats["peft"] == {"can": True, "why": ""}
-    answer = explain(llama, "tied_lora").formats["peft"]
-    assert not answer["can"] and "TiedLoRA" in answer["why"]
+    assert explain(llama, "tied_lora").formats["peft"]["can"], "a thin product is LoRA to PEFT"
+    answer = explain(llama, "ssf").formats["peft"]
+    assert not answer["can"] and "SSF" in answer["why"] and all(site in why for site, why in answer["sites"].items())
     assert not explain(llama, "dora").formats["vllm"]["can"]
 
 

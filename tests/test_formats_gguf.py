@@ -25,7 +25,7 @@ def base(kind):
     torch.manual_seed(0)
     small = dict(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                  intermediate_size=96, max_position_embeddings=64, tie_word_embeddings=False)  # fmt: skip
-    configs = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config,
+    configs = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config,
                "opt": transformers.GPTNeoXConfig}  # fmt: skip
     config = configs[kind](**{k: v for k, v in small.items() if kind != "opt" or k != "num_key_value_heads"},
                            **({"head_dim": 16} if kind == "qwen3" else {}))  # fmt: skip
@@ -88,17 +88,19 @@ def adapted(kind, how=L, **options):
     return model
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_llama_cpp_computes_what_we_do(kind, tmp_path):
     plain = base(kind)
     file = model_file(plain, tmp_path / "base.gguf")
-    assert gap(theirs(file), logits(plain)) < 1e-3
+    assert gap(theirs(file), logits(plain)) < 1e-5
     model = adapted(kind, targets=TARGETS, overrides={"v_proj": {"r": 3, "alpha": 9.0}})
     y = logits(model)
     assert gap(y, logits(plain)) > 0.5
     report = ol.export(model, tmp_path / "adapter.gguf", "llama.cpp")
     assert report["worst"] == 0.0
-    assert gap(theirs(file, report["path"]), y) < 1e-3
+    assert gap(theirs(file, report["path"]), y) < 1e-5
+    half = ol.export(model, tmp_path / "half.gguf", "llama.cpp", save_dtype="fp16")
+    assert 0 < half["worst"] < 1e-3 and 1e-6 < gap(theirs(file, half["path"]), y) < 1e-2
     again = base(kind)
     ol.load(again, tmp_path / "adapter.gguf")
     assert gap(logits(again), y) < 1e-5

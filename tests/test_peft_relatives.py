@@ -55,16 +55,29 @@ CONFIGS = {
                                             n_frequency_pattern={"v_proj": 9}),
     "hira": lambda: peft.HiraConfig(r=2, target_modules=[*MANY, "conv", "proj"], rank_pattern={"v_proj": 1}),
     "hira-table": lambda: peft.HiraConfig(r=2, target_modules=["table"]),
+    "tokens": lambda: peft.TrainableTokensConfig(token_indices=[1, 5], target_modules=["table"]),
     "ln": lambda: peft.LNTuningConfig(target_modules=["norm"]),
 }  # fmt: skip
 
 
+def saved(config, path):
+    """PEFT's model with numbers in all that trains, saved."""
+    theirs = peft.get_peft_model(Net(), config)
+    stir((n, p) for n, p in theirs.named_parameters() if p.requires_grad)
+    theirs.save_pretrained(path)
+    return theirs
+
+
+def adapted(how, targets):
+    model = Net()
+    ol.adapt(model, Method("own", how), targets=targets)
+    stir((n, p) for s in ol.slots(model) for n, p in s.tensors() if p.requires_grad)
+    return model
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_pefts_here_and_back(case, tmp_path):
-    theirs = peft.get_peft_model(Net(), CONFIGS[case]())
-    stir((n, p) for n, p in theirs.named_parameters() if p.requires_grad)
-    y = run(theirs)
-    theirs.save_pretrained(tmp_path / "p")
+    y = run(saved(CONFIGS[case](), tmp_path / "p"))
     model = Net()
     assert float((run(model) - y).norm() / y.norm()) > 1e-3
     ol.load(model, tmp_path / "p")
@@ -101,10 +114,7 @@ OURS = {
 
 @pytest.mark.parametrize("case", OURS)
 def test_ours_in_peft(case, tmp_path):
-    how, targets = OURS[case]
-    model = Net()
-    ol.adapt(model, Method("own", how), targets=targets)
-    stir((n, p) for s in ol.slots(model) for n, p in s.tensors() if p.requires_grad)
+    model = adapted(*OURS[case])
     y = run(model)
     path = ol.save(model, tmp_path / "a")
     assert (path / "adapter_config.json").exists()
@@ -129,3 +139,25 @@ def test_another_map_is_refused(tmp_path):
     peft.get_peft_model(Net(), peft.OFTConfig(r=0, oft_block_size=3, target_modules=["conv"])).save_pretrained(tmp_path / "conv")
     with pytest.raises(NotExpressible, match="kernel"):
         ol.load(Net(), tmp_path / "conv")
+
+
+def test_old_lokr_and_old_oft(tmp_path):
+    """PEFT before 0.14 had no exclude_modules in LoKr's configuration, and trained it without α/r."""
+    import json
+
+    saved(CONFIGS["lokr"](), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "exclude_modules"}))
+    with pytest.warns(UserWarning, match=r"before 0\.14"):
+        ol.load_file(tmp_path / "a")
+    saved(CONFIGS["oft"](), tmp_path / "b")
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "b" / "adapter_model.safetensors"
+    save_file({k.replace("oft_R.weight", "oft_r"): v for k, v in load_file(file).items()}, file)
+    with pytest.raises(NotExpressible, match=r"before 0\.16"):
+        ol.load_file(tmp_path / "b")
+    data = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**data, "exclude_modules": None, "new_count": 3}))
+    with pytest.warns(UserWarning, match="new_count"):
+        ol.load_file(tmp_path / "a")

@@ -1,4 +1,4 @@
-"""export, convert: adapters for other programs and from them."""
+"""export, convert, push, pull: adapters for other programs and from them, to the Hub and back."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ FORMATS = "peft, vllm, llama.cpp, diffusers, kohya, lycoris or omnilora"
 Part = Annotated[str | None, typer.Option(help="Part of a pipeline: unet, te, te2, te3, transformer, prior, lycoris.")]
 Rank = Annotated[int | None, typer.Option(help="Lower every map to plain LoRA of this rank (SVD).", min=1)]
 For = Annotated[str, typer.Option("--for", help=f"{FORMATS}.")]
+SaveDtype = Annotated[str | None, typer.Option("--save-dtype", help="Round what is written: fp16 or bf16.")]
 Dtype = Annotated[str | None, typer.Option(help="Of the base where its weights are read: auto, fp32, bf16 or fp16.")]
 
 
@@ -25,6 +26,7 @@ def export(
     model: Annotated[str | None, typer.Option(help="The base, where the format or lowering asks for it.")] = None,
     part: Part = None,
     formats: Annotated[bool, typer.Option("--formats", help="Say which formats hold the adapter, and why not. Writes nothing.")] = False,
+    save_dtype: SaveDtype = None,
     dtype: Dtype = "fp32",
     json: AsJson = False,
 ) -> None:
@@ -48,7 +50,7 @@ def export(
         return
     if output is None:
         raise BadValue("There is no --output.", "Give a folder or a file, or --formats to write nothing.")
-    _write(found, output, target, rank, model, part, dtype, json)
+    _write(found, output, target, rank, model, part, save_dtype, dtype, json)
 
 
 def convert(
@@ -59,6 +61,7 @@ def convert(
     model: Annotated[str | None, typer.Option(
         help="The base: names and shapes of layers, which some formats lose. Also a folder of diffusers.")] = None,
     part: Part = None,
+    save_dtype: SaveDtype = None,
     dtype: Dtype = "fp32",
     json: AsJson = False,
 ) -> None:
@@ -72,11 +75,67 @@ def convert(
 
     --json: {from, path, for, rank, errors: {site: relative error of ΔW}, worst}.
     """
-    _write(source, output, target, rank, model, part, dtype, json)
+    _write(source, output, target, rank, model, part, save_dtype, dtype, json)
+
+
+def push(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder or file, or the folder of a run.")],
+    repo: Annotated[str, typer.Argument(help="user/adapter; made where it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="For nobody else to see.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Adapter",
+    card: Annotated[bool, typer.Option("--card", help="Print the card that would be pushed. Uploads nothing.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Upload an adapter to the Hugging Face Hub, with a card: method, base, settings, data, figures.
+
+    \b
+    Examples:
+      omnilora push runs/first user/my-adapter --private
+      omnilora push runs/first user/my-adapter --card
+
+    --json: {repo, url, files}; with --card {card}.
+    """
+    from omnilora.io import hub
+
+    if card:
+        text = hub.card(adapter, repo)
+        emit({"card": text}) if json else print(text)
+        return
+    with quiet_stdout(json):
+        report = hub.push(adapter, repo, private=private or None, message=message)
+    if json:
+        emit(report)
+        return
+    print(f"Pushed {', '.join(report['files'])} to {report['url']}.")
+
+
+def pull(
+    repo: Annotated[str, typer.Argument(help="user/adapter.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    json: AsJson = False,
+) -> None:
+    """Download an adapter from the Hugging Face Hub into a folder, and check that it can be read.
+
+    \b
+    Examples:
+      omnilora pull user/my-adapter adapters/mine
+      omnilora pull user/my-adapter adapters/mine --revision v2 --json
+
+    --json: {repo, path}.
+    """
+    from omnilora.io import hub
+
+    with quiet_stdout(json):
+        path = hub.pull(repo, output, revision=revision)
+    if json:
+        emit({"repo": repo, "path": str(path)})
+        return
+    print(f"Wrote {path}.")
 
 
 def _write(source: Path, output: Path, target: str, rank: int | None, model: str | None, part: str | None,
-           dtype: str | None, json: bool) -> None:  # fmt: skip
+           save_dtype: str | None, dtype: str | None, json: bool) -> None:  # fmt: skip
     from omnilora.cli.loading import for_adapter, loaded
     from omnilora.io import export as writers
     from omnilora.io.formats import named
@@ -85,15 +144,15 @@ def _write(source: Path, output: Path, target: str, rank: int | None, model: str
     with quiet_stdout(json):
         if rank is not None and model is not None and (source / "omnilora.json").is_file():
             adapted, _, _ = loaded(for_adapter(source, None, None, model=model, dtype=dtype), source)
-            report = writers.export(adapted, output, target, rank, part=part)
+            report = writers.export(adapted, output, target, rank, part=part, save_dtype=save_dtype)
         else:
             base: Any = None if model is None else base_of(source, model, dtype, rank is not None)
-            report = writers.convert(source, output, target, base, rank, part)
+            report = writers.convert(source, output, target, base, rank, part, save_dtype)
     if json:
         emit(report)
         return
     print(f"Wrote {report['path']} for {report['for']}.")
-    if rank is not None:
+    if rank is not None or save_dtype is not None:
         print(f"Largest relative error of ΔW at a site: {report['worst']:.3g}.")
 
 

@@ -26,6 +26,8 @@ app.command("chat")(generating.chat)
 app.command("merge")(adapters.merge)
 app.command("export")(converting.export)
 app.command("convert")(converting.convert)
+app.command("push")(converting.push)
+app.command("pull")(converting.pull)
 app.command("info")(adapters.info)
 app.command("diff")(adapters.diff)
 

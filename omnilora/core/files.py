@@ -266,11 +266,12 @@ def read_tensors(path: Path, quota: int = QUOTA) -> dict[str, Tensor]:
         raise FileRefused(f"{path.name} cannot be read: {str(error)[:200]}.") from error
 
 
-def load_file(path: str | os.PathLike[str], quota: int = QUOTA) -> AdapterState:
+def load_file(path: str | os.PathLike[str], quota: int = QUOTA, model: nn.Module | None = None) -> AdapterState:
     """Read an adapter into a value: omnilora's folder, PEFT's, or a single file of kohya, LyCORIS, diffusers or llama.cpp.
 
     Foreign files load as unproven. The sites of a single file have the file's names until it is put on a model. The
     folder of a run stands for its adapter. Where another process replaces the folder meanwhile, it is read again.
+    ``model``: the base, for the few files that leave a size to it.
     """
     folder = Path(path)
     if not (folder / MANIFEST).exists() and (folder / "adapter" / MANIFEST).exists():
@@ -278,7 +279,7 @@ def load_file(path: str | os.PathLike[str], quota: int = QUOTA) -> AdapterState:
     for _ in range(REREADS):
         before = _identity(folder)
         try:
-            state = _read(folder, quota)
+            state = _read(folder, quota, model)
         except OmniloraError:
             if _identity(folder) == before:
                 raise
@@ -297,11 +298,11 @@ def _identity(folder: Path) -> tuple[int, int, int] | None:
     return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
-def _read(folder: Path, quota: int) -> AdapterState:
+def _read(folder: Path, quota: int, model: nn.Module | None) -> AdapterState:
     from omnilora.io import formats
 
     if not (folder / MANIFEST).exists():
-        return formats.read(folder, quota)
+        return formats.read(folder, quota, model)
     data = read_json(folder / MANIFEST)
     if data.get("format") != FORMAT:
         raise FileRefused(f"{MANIFEST} has format {data.get('format')!r}.", f"This version reads format {FORMAT}.")
@@ -402,6 +403,6 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     from omnilora.io import peft
     from omnilora.io.names import placed
 
-    read = placed(load_file(path, quota), model, part)
+    read = placed(load_file(path, quota, model), model, part)
     peft.check_facts(model, read)
     return states.load_state(model, read, name, check_base=check_base)

@@ -22,7 +22,6 @@ from omnilora.core.site import Base, called_site
 from omnilora.core.state import AdapterState, SiteState
 from omnilora.errors import BadValue, NotExpressible
 from omnilora.io import formats, names
-from omnilora.io.lycoris import plain
 from omnilora.io.peft import noted
 from omnilora.io.peft_facts import STORED
 from omnilora.io.peft_names import family_of
@@ -38,6 +37,7 @@ def export(
     rank: int | None = None,
     adapter: str | None = None,
     part: str | None = None,
+    save_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Write an adapter in another program's format.
 
@@ -47,8 +47,10 @@ def export(
         rank: lower every map to plain LoRA of this rank: the truncated SVD of (adapted − base) at each site.
         adapter: which one, if the model has several.
         part: for kohya and diffusers, which part of a pipeline the layers belong to: "unet", "te", "te2" ….
+        save_dtype: "fp16" or "bf16": round the tensors; the error of a site is then at least the largest of its tensors'.
 
-    Returns: {"path", "for", "rank", "errors": {site: ‖D − B A‖/‖D‖}, "worst"}; errors are 0 where nothing was lowered.
+    Returns: {"path", "for", "rank", "errors": {site: ‖D − B A‖/‖D‖}, "worst"}; errors are 0 where nothing was lowered or
+    rounded.
     Raises: NotExpressible, naming the site and the reason.
     """
     form = formats.named(for_)
@@ -57,7 +59,7 @@ def export(
     model = model_or_state if isinstance(model_or_state, nn.Module) else None
     given = states.state(model_or_state, adapter) if isinstance(model_or_state, nn.Module) else model_or_state
     state = noted(model, given) if model is not None else given
-    return written(state, path, form, rank, formats.Target(model, part), model, adapter)
+    return written(state, path, form, rank, formats.Target(model, part, dtype_of(save_dtype)), model, adapter)
 
 
 def written(state: AdapterState, path: str | os.PathLike[str], form: formats.Format, rank: int | None,
@@ -66,9 +68,26 @@ def written(state: AdapterState, path: str | os.PathLike[str], form: formats.For
     errors = dict.fromkeys(state.sites, 0.0)
     if rank is not None:
         state, errors = _lowered(state, rank, adapted, adapter)
+    if to.dtype is not None:
+        if form.name == "omnilora":
+            raise BadValue("omnilora's own folder keeps the tensors as they are.", "Leave save_dtype out.")
+        errors = {n: max(e, _rounding(state.sites[n], state, to.dtype)) if n in state.sites else e for n, e in errors.items()}
     target = formats.write(state, path, form, to)
     worst = max(errors.values(), default=0.0)
     return {"path": str(target), "for": form.name, "rank": rank, "errors": errors, "worst": worst}
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    if name not in (None, "fp16", "bf16"):
+        raise BadValue(f"save_dtype = {name!r}.", "Give fp16 or bf16, or leave it out.")
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(str(name))
+
+
+def _rounding(s: SiteState, state: AdapterState, dtype: torch.dtype) -> float:
+    """The largest ‖t − rounded t‖/‖t‖ of a site's tensors."""
+    gaps = [(t - formats.rounded(t, dtype).to(t.dtype)).norm() / t.norm().clamp_min(1e-30)
+            for t in (s.tensor(k, state).detach().float() for k in s.roles)]  # fmt: skip
+    return float(max(gaps, default=torch.zeros(())))
 
 
 def convert(
@@ -78,6 +97,7 @@ def convert(
     model: nn.Module | None = None,
     rank: int | None = None,
     part: str | None = None,
+    save_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Any readable adapter in any writable format.
 
@@ -85,7 +105,7 @@ def convert(
         source: what ``ol.load_file`` reads.
         model: the base, to find the layers of files whose names have lost their dots, and what a layer is; it may be on
             the meta device. Where lowering reads base weights it needs them.
-        rank, part: as in :func:`export`; ``part`` also chooses among the models that a source covers.
+        rank, part, save_dtype: as in :func:`export`; ``part`` also chooses among the models that a source covers.
 
     Returns: what :func:`export` returns, and "from", what was read.
     """
@@ -94,7 +114,7 @@ def convert(
         raise BadValue(f"rank = {rank!r} is no rank.", "Give an integer ≥ 1.")
     origin = Path(source)
     kind = formats.recognised(origin, QUOTA) if origin.exists() else None
-    state = load_file(origin)
+    state = load_file(origin, QUOTA, model)
     adapted = None
     if model is not None:
         state = names.known(model, names.placed(state, model, part))
@@ -104,7 +124,7 @@ def convert(
     elif part is not None and names.is_raw(state):
         state = names.only(state, part)
     try:
-        report = written(state, path, form, rank, formats.Target(model, part), adapted, "convert")
+        report = written(state, path, form, rank, formats.Target(model, part, dtype_of(save_dtype)), adapted, "convert")
     finally:
         if adapted is not None:
             detach(adapted, "convert")
@@ -192,27 +212,3 @@ def truncated(d: Tensor | tuple[Tensor, Tensor], rank: int) -> Factors:
         b, a = nn.functional.pad(b, (0, pad)), nn.functional.pad(a, (0, 0, 0, pad))
     lost = float(sig[..., r:].square().sum().sqrt() / sig.square().sum().sqrt().clamp_min(1e-300))
     return b.float().cpu().contiguous(), a.float().cpu().contiguous(), lost
-
-
-def folded(state: AdapterState) -> AdapterState:
-    """Linear LoRA of one rank with scale 1: B takes the scale, shorter factors are filled with zeros."""
-    thin: dict[str, tuple[Tensor, Tensor, float]] = {}
-    for name, s in state.sites.items():
-        if s.region is not None:
-            raise NotExpressible(f"{name} is a slice of a fused layer.", "Give rank= and the model to lower it.")
-        ba = plain(name, s, state) if s.kind == "linear" else None
-        if ba is None:
-            what = "an own copy" if family_of(s.how) == "own" else f"{type(s.how).__name__} on a {s.kind}"
-            raise NotExpressible(f"{name}: vLLM serves LoRA of linear layers, not {what}.",
-                                 "Give rank= to lower it, or leave it out.")  # fmt: skip
-        thin[name] = ba
-    r = max((a.shape[0] for _, a, _ in thin.values()), default=0)
-    sites = {}
-    for name, (b, a, scale) in thin.items():
-        pad = r - a.shape[0]
-        s = state.sites[name]
-        tensors = {"A": nn.functional.pad(a, (0, 0, 0, pad)), "B": nn.functional.pad(b * scale, (0, pad))}
-        dropout = s.how.dropout if type(s.how) is LoRA else 0.0
-        sites[name] = replace(s, how=LoRA(r=r, alpha=float(r), dropout=dropout), scale=1.0, tensors=tensors, shared={},
-                              roles={"A": "input", "B": "output"})  # fmt: skip
-    return replace(state, sites=sites, shared={})

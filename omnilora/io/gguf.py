@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from omnilora.core.site import called_site
 from omnilora.core.state import AdapterState, SiteState
-from omnilora.errors import FileRefused, NotExpressible, StateMismatch, need
+from omnilora.errors import BadValue, FileRefused, NotExpressible, StateMismatch, need
 from omnilora.io.lycoris import plain
 from omnilora.io.names import GGUF, NAMES, is_raw
 from omnilora.parameterizations.lora import LoRA
@@ -107,8 +107,10 @@ def tensors_of(state: AdapterState, model: nn.Module | None) -> tuple[str, float
     return architecture, alpha, out
 
 
-def written(state: AdapterState, model: nn.Module | None) -> bytes:
-    """The file's bytes."""
+def written(state: AdapterState, model: nn.Module | None, dtype: torch.dtype | None = None) -> bytes:
+    """The file's bytes, in fp32 or fp16."""
+    if dtype not in (None, torch.float16):
+        raise BadValue("A GGUF adapter is written in fp32 or fp16.", "Give save_dtype='fp16', or leave it out.")
     architecture, alpha, tensors = tensors_of(state, model)
     library: Any = need("gguf", "train")
     with tempfile.TemporaryDirectory() as scratch:
@@ -118,7 +120,7 @@ def written(state: AdapterState, model: nn.Module | None) -> bytes:
         writer.add_string(library.Keys.Adapter.TYPE, "lora")
         writer.add_float32(library.Keys.Adapter.LORA_ALPHA, alpha)
         for name in sorted(tensors):
-            writer.add_tensor(name, tensors[name].detach().cpu().numpy())
+            writer.add_tensor(name, tensors[name].to(dtype or torch.float32).detach().cpu().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

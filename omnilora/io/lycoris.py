@@ -19,7 +19,7 @@ from omnilora.core import state as states
 from omnilora.core.full import Full
 from omnilora.core.parameterization import Parameterization, is_additive
 from omnilora.core.state import AdapterState, SiteState
-from omnilora.errors import FileRefused, NotExpressible
+from omnilora.errors import FileRefused, NotExpressible, OmniloraError
 from omnilora.io.names import module_of
 from omnilora.io.peft_facts import STORED, shape_of
 from omnilora.parameterizations.dora import DoRA
@@ -27,6 +27,7 @@ from omnilora.parameterizations.hadamard import LoHa
 from omnilora.parameterizations.kronecker import LoKr
 from omnilora.parameterizations.lora import LoRA
 from omnilora.parameterizations.lycoris import InputDoRA, Kronecker, OutputOFT, TuckerLoHa, TuckerLoRA, WeightScale
+from omnilora.parameterizations.lycoris_products import ButterflyOFT, ProductLoRA
 
 ALIASES = {  # other programs' words for a leaf
     "lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight",
@@ -42,17 +43,19 @@ LEAVES = (
     "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
     "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
     "diff", "diff_b", "w_norm", "b_norm", "on_input", "weight", "oft_blocks", "rescale",
+    "a1.weight", "a2.weight", "b1.weight", "b2.weight",
 )  # fmt: skip
 UNREAD = {
     "bundle_emb": "an embedding that trained with the adapter (pivotal tuning)",
-    "a1.weight": "GLoRA", "a2.weight": "GLoRA", "b1.weight": "GLoRA", "b2.weight": "GLoRA", "bm.weight": "GLoRA",
+    "bm.weight": "GLoRA with a core over the kernel",
     "q_layer.weight": "T-LoRA", "p_layer.weight": "T-LoRA", "lambda_layer": "T-LoRA",
+    "bias_indices": "a sparse difference", "bias_values": "a sparse difference", "bias_size": "a sparse difference",
     "set_weight": "a replaced weight", "lora_up.bias": "a bias of the upper half", "lora_B.bias": "a bias of B",
 }  # fmt: skip
 ROLES = {
     "A": "input", "B": "output", "T": "core", "A1": "input", "B1": "output", "T1": "core", "A2": "input", "B2": "output",
     "T2": "core", "w1": "core", "w1a": "output", "w1b": "input", "w2": "core", "w2a": "output", "w2b": "input",
-    "t2": "core", "X": "core", "s": "magnitude", "W": "own",
+    "t2": "core", "X": "core", "s": "magnitude", "W": "own", "a1": "core", "a2": "input", "C": "input",
 }  # fmt: skip
 _PROCESSOR = re.compile(r"(.*\.to_(?:q|k|v|out)_lora)\.(down|up)\.weight")  # diffusers' attention processors
 Leaves = dict[str, Tensor]
@@ -141,7 +144,7 @@ def _vector(t: Tensor) -> SiteState:
 
 def _reader(left: Leaves) -> Any:
     readers = {"lora_down.weight": _read_lora, "hada_w1_a": _read_loha, "lokr_w1": _read_lokr, "lokr_w1_a": _read_lokr,
-               "diff": _read_diff, "on_input": _read_scale, "oft_blocks": _read_oft}  # fmt: skip
+               "diff": _read_diff, "on_input": _read_scale, "oft_blocks": _read_oft, "a1.weight": _read_glora}  # fmt: skip
     found = [f for leaf, f in readers.items() if leaf in left]
     if not found:
         raise ValueError("no known map")
@@ -232,12 +235,22 @@ def _read_scale(left: Leaves) -> Read:
 
 def _read_oft(left: Leaves) -> Read:
     blocks, alpha = left.pop("oft_blocks"), left.pop("alpha", torch.tensor(0.0))
-    if blocks.dim() != 3:
-        raise NotExpressible("LyCORIS' BOFT (oft_blocks with four dimensions) is not read.")
     tensors: Leaves = {"X": blocks}
     if "rescale" in left:
         tensors["s"] = left.pop("rescale").flatten()
+    if blocks.dim() == 4:
+        how = ButterflyOFT(blocks.shape[2], blocks.shape[0], max(float(alpha), 0.0), "s" in tensors)
+        return Read(how, 1.0, tensors)
+    if blocks.dim() != 3:
+        raise ValueError(f"oft_blocks of {blocks.dim()} dimensions")
     return Read(OutputOFT(blocks.shape[1], max(float(alpha), 0.0), "s" in tensors), 1.0, tensors)
+
+
+def _read_glora(left: Leaves) -> Read:
+    a1, a2, b1, b2 = (left.pop(f"{x}.weight") for x in ("a1", "a2", "b1", "b2"))
+    alpha, scale, more = _scale(left, a2.shape[0])
+    tensors = {"a1": a1.flatten(1), "a2": a2.flatten(1) * more, "B": b1.flatten(1), "C": b2.flatten(1) * more}
+    return Read(ProductLoRA(a2.shape[0], alpha), scale, tensors, (b1.shape[0], *b2.shape[1:]), b2.dim() > 2)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -250,13 +263,15 @@ def plain(name: str, s: SiteState, state: AdapterState) -> tuple[Tensor, Tensor,
     if type(s.how) is LoRA:
         lora = s.how.conv_layout == "peft"
         return (s.tensor("B", state), s.tensor("A", state), s.scale) if lora else None
-    if type(s.how) in (Full, Kronecker, LoKr):
+    if s.how.rank() == 0:
         return None
     try:
         found = states.delta(s, state).factors()
-    except (AttributeError, NotImplementedError, TypeError):  # the form reads its layer
+    except (AttributeError, NotImplementedError, TypeError, OmniloraError):  # the form reads its layer, or its input
         return None
-    return None if found is None or found[1].shape[0] > min(found[0].shape[0], found[1].shape[1]) else (*found, 1.0)
+    if found is None or found[1].shape[0] > 2 * min(found[0].shape[0], found[1].shape[1]):  # thick: more numbers than ΔW
+        return None
+    return *found, 1.0
 
 
 def kernel_of(name: str, s: SiteState, state: AdapterState) -> tuple[int, ...]:
@@ -290,8 +305,14 @@ def leaves_of(name: str, s: SiteState, state: AdapterState, lora_only: bool = Fa
     writer = _WRITERS.get(type(inner))
     if writer is None or (lora_only and type(inner) is not TuckerLoRA):
         raise NotExpressible(f"{name}: a {type(inner).__name__} is no map of this format.", "Give rank= to lower it.")
+    if type(inner) is Full and not is_difference(inner):
+        raise NotExpressible(f"{name}: an own copy is no difference, which these files hold.", "Give the model with its weights.")
     t = {k: s.tensor(k, state) for k in s.roles}
     return writer(inner, t, s.scale, kernel_of(name, s, state))
+
+
+def is_difference(how: Any) -> bool:
+    return type(how) is Full and how.delta_form and how.rows is None
 
 
 def alpha_of(scale: float, r: int) -> Tensor:
@@ -338,8 +359,6 @@ def _write_kron(how: Any, t: Leaves, scale: float, shape: tuple[int, ...]) -> Le
 
 
 def _write_full(how: Full, t: Leaves, scale: float, shape: tuple[int, ...]) -> Leaves:
-    if not how.delta_form or how.rows is not None:
-        raise NotExpressible("An own copy is no difference, which these files hold.", "Leave it out.")
     return {"diff": t["W"].reshape(t["W"].shape[0], *shape) if shape else t["W"]}
 
 
@@ -349,7 +368,14 @@ def _write_scale(how: WeightScale, t: Leaves, scale: float, shape: tuple[int, ..
             "on_input": torch.tensor(int(how.side == "input"))}  # fmt: skip
 
 
-def _write_oft(how: OutputOFT, t: Leaves, scale: float, shape: tuple[int, ...]) -> Leaves:
+def _write_glora(how: ProductLoRA, t: Leaves, scale: float, shape: tuple[int, ...]) -> Leaves:
+    ones = (1,) * max(len(shape) - 1, 0)
+    c = t["C"].reshape(how.r, *shape) if shape else t["C"]
+    return {"a1.weight": t["a1"].reshape(*t["a1"].shape, *ones), "a2.weight": t["a2"].reshape(*t["a2"].shape, *ones),
+            "b1.weight": t["B"].reshape(*t["B"].shape, *ones), "b2.weight": c, "alpha": alpha_of(scale, how.r)}  # fmt: skip
+
+
+def _write_oft(how: OutputOFT | ButterflyOFT, t: Leaves, scale: float, shape: tuple[int, ...]) -> Leaves:
     out = {"oft_blocks": t["X"], "alpha": torch.tensor(how.constraint)}
     return out | ({"rescale": t["s"].reshape(-1, 1, *(1,) * max(len(shape) - 1, 0))} if "s" in t else {})
 
@@ -357,4 +383,5 @@ def _write_oft(how: OutputOFT, t: Leaves, scale: float, shape: tuple[int, ...]) 
 _WRITERS: dict[type, Any] = {
     TuckerLoRA: _write_tucker, LoHa: _write_loha, TuckerLoHa: _write_tucker_loha, Kronecker: _write_kron, LoKr: _write_kron,
     Full: _write_full, WeightScale: _write_scale, OutputOFT: _write_oft,
+    ButterflyOFT: _write_oft, ProductLoRA: _write_glora,
 }  # fmt: skip

@@ -8,6 +8,7 @@ model nobody knows which underscores were dots. A state read without a model kee
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -34,7 +35,8 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lycoris": (("lycoris_",), ()),
 }
 OUTER = ("text_model_", "model_", "base_model_model_")  # wrappers that some versions of a model have and others do not
-SGM = ("input_blocks", "middle_block", "output_blocks")  # the first names of Stable Diffusion's layers
+# the first names of Stable Diffusion's layers
+SGM = ("input_blocks_", "middle_block_", "output_blocks_", "time_embed_", "label_emb_", "out_2")
 
 
 def part_of(name: str) -> tuple[str, str]:
@@ -74,12 +76,31 @@ def placed(state: AdapterState, model: nn.Module, part: str | None = None) -> Ad
 
         return gguf.placed(state, model)
     state = only(state, part)
+    try:
+        sites = _named(state, model, layers)
+    except StateMismatch:
+        from omnilora.io.diffusers_names import through
+
+        other = through(state, model) if state.extra[NAMES] != "diffusers" else None
+        if other is None:
+            raise
+        state, sites = other, _named(only(other, _part_like(other, model)), model, layers)
+    extra = {k: v for k, v in state.extra.items() if k != NAMES}
+    return replace(state, sites={n: sites[n] for n in sites}, extra=extra)
+
+
+def _named(state: AdapterState, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, SiteState]:
     sites: dict[str, SiteState] = {}
     for begin, group in _groups(state, layers).items():
         for raw, path in _found(group, begin, layers, model).items():
             sites.update(_at(model, layers, raw, path, state))
-    extra = {k: v for k, v in state.extra.items() if k != NAMES}
-    return replace(state, sites={n: sites[n] for n in sites}, extra=extra)
+    return sites
+
+
+def _part_like(state: AdapterState, model: nn.Module) -> str | None:
+    """The part that a denoiser's class is of, where a file has it."""
+    have = {part_of(n)[0] for n in state.sites}
+    return next((p for p in ("transformer", "unet") if p in have and len(have) > 1), None)
 
 
 def _sure(state: AdapterState, layers: Mapping[str, nn.Module]) -> AdapterState:
@@ -123,7 +144,7 @@ def _found(group: Mapping[str, str], begin: str, layers: Mapping[str, nn.Module]
     for path in inside:
         index.setdefault(flat(path.removeprefix(f"{begin}.") if begin else path), []).append(path)
     wanted = dict(group)
-    if any(w in rest for w in SGM for rest in wanted.values()) and not any(flat(k).startswith(SGM) for k in index):
+    if any(flat(r).startswith(SGM) for r in wanted.values()) and not any(k.startswith(SGM) for k in index):
         wanted = _renamed(wanted, layers[begin] if begin else model)
     shift = _shift([flat(r) for r in wanted.values()], index)
     out = {}
@@ -137,26 +158,32 @@ def _found(group: Mapping[str, str], begin: str, layers: Mapping[str, nn.Module]
             raise StateMismatch(f"{raw!r} fits {len(paths)} layers of the model: {', '.join(paths[:4])}.",
                                 "Rename one of them, or give a file whose names have dots.")  # fmt: skip
         out[raw] = paths[0]
+    again = [p for p, n in Counter(out.values()).items() if n > 1]
+    if again:
+        raise StateMismatch(f"Two layers of the file are {again[0]!r}.", "The file mixes ways of writing names.")
     return out
 
 
 def _shift(rests: list[str], index: Mapping[str, list[str]]) -> Any:
-    """What all names lack or have too much at their beginning: nothing, a wrapper of OUTER, or one path of the model."""
-    def fits(change: Any) -> bool:
-        return all(change(r) in index for r in rests)
-
-    if not rests or fits(str):
+    """What all names lack or have too much at their beginning: a wrapper of OUTER or a prefix of the file's own less, one path of
+    the model more."""
+    if not rests:
         return str
-    for outer in OUTER:
-        if fits(drop := (lambda r, o=outer: r.removeprefix(o))):
-            return drop
-    more = [k.removesuffix(rests[0]) for k in index if k.endswith(f"_{rests[0]}")]
-    able = [b for b in more if fits(lambda r, b=b: f"{b}{r}")]
-    if len(able) == 1:
-        return lambda r: f"{able[0]}{r}"
-    if len(able) > 1:
-        raise StateMismatch(f"The file's layers fit under {', '.join(b.rstrip('_') for b in able[:4])}.",
-                            "Load it on that part of the model.")  # fmt: skip
+    first = rests[0].split("_")
+    own = ["_".join(first[:n]) + "_" for n in range(1, min(4, len(first)))]
+    less = ["", *OUTER, *(o for o in own if all(r.startswith(o) for r in rests))]
+    for begin in less:
+        if all(r.removeprefix(begin) in index for r in rests):
+            return lambda r, b=begin: r.removeprefix(b)
+    for begin in less:
+        bare = [r.removeprefix(begin) for r in rests]
+        more = [k.removesuffix(bare[0]) for k in index if k.endswith(f"_{bare[0]}")]
+        able = [m for m in more if all(f"{m}{r}" in index for r in bare)]
+        if len(able) > 1:
+            raise StateMismatch(f"The file's layers fit under {', '.join(m.rstrip('_') for m in able[:4])}.",
+                                "Load it on that part of the model.")  # fmt: skip
+        if able:
+            return lambda r, b=begin, m=able[0]: f"{m}{r.removeprefix(b)}"
     return str
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from omnilora.core.state import AdapterState, SiteState, site_from_config
 from omnilora.errors import NotExpressible
+from omnilora.io.names import is_raw
 from omnilora.io.peft_facts import STORED, check_facts, noted
 from omnilora.io.peft_names import PREFIX, Entry, entries, family_of, lora_of, renamed, split
 from omnilora.io.peft_read import from_peft
@@ -32,6 +33,8 @@ def to_peft(state: AdapterState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises: NotExpressible, naming the site and the reason. What a state from :func:`noted` knows of the model
     (kernel and groups of a convolution, transposed storage, tied embeddings) decides the doubtful cases.
     """
+    if is_raw(state):
+        raise NotExpressible("The layers have the names of a file, not the model's.", "Give the model.")
     if state.carried:
         raise NotExpressible(f"The adapter carries the weights of {len(state.carried)} base layers: without them it is wrong.",
                              "Use omnilora's own format.")  # fmt: skip

@@ -22,6 +22,7 @@ from omnilora.io.peft_facts import STORED
 from omnilora.io.peft_fields import check_fields
 from omnilora.io.peft_names import PREFIX, SHARED, TOKENS, entries, nested, renamed
 from omnilora.io.peft_relatives import RELATIVES
+from omnilora.io.peft_starts import from_the_base, shifted
 from omnilora.io.peft_values import matched, targeted
 from omnilora.parameterizations.dora import DoRA
 from omnilora.parameterizations.lora import LoRA
@@ -34,31 +35,36 @@ _SUFFIXES = {
     "ADALORA": ("lora_A", "lora_B", "lora_E"),
     "VERA": ("vera_lambda_b", "vera_lambda_d"),
     "LN_TUNING": ("ln_tuning_layers.weight", "ln_tuning_layers.bias"),
+    "TRAINABLE_TOKENS": ("trainable_tokens_delta",),
     **{family: r.suffixes for family, r in RELATIVES.items()},
 }  # fmt: skip
-_KEYS = {"ADALORA": "adalora", "VERA": "vera", "LN_TUNING": "ln_tuning", **{f: f.lower() for f in RELATIVES}}
+_KEYS = {"ADALORA": "adalora", "VERA": "vera", "LN_TUNING": "ln_tuning", "TRAINABLE_TOKENS": "trainable_tokens",
+         **{f: f.lower() for f in RELATIVES}}  # fmt: skip
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT writes their base weights when they are targeted or resized
 
 
-def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fan_in: int | None = None) -> AdapterState:
+def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fan_in: int | None = None,
+              model: nn.Module | None = None) -> AdapterState:  # fmt: skip
     """An adapter state from PEFT's config and tensors.
 
     Args:
         fan_in: the largest input width among the adapted layers; needed for VeRA saved without its projections.
+        model: the base with its weights; needed for starts that were taken out of it (PiSSA, OLoRA).
 
     Raises: UnknownName for fields that are not known, NotExpressible for maps that are not covered, FileRefused for
     missing or unexpected tensors.
     """
     try:
-        return _state(config, tensors, fan_in)
+        return _state(config, tensors, fan_in, model)
     except OmniloraError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise FileRefused(f"adapter_config.json breaks the format: {type(error).__name__} {error}.") from error
 
 
-def _state(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fan_in: int | None) -> AdapterState:
-    check_fields(config)
+def _state(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fan_in: int | None,
+           model: nn.Module | None) -> AdapterState:  # fmt: skip
+    check_fields(config, model is not None)
     family = str(config.get("peft_type"))
     if family not in _SUFFIXES:
         raise NotExpressible(f"peft_type {family!r} cannot be read.", f"Readable: {', '.join(_SUFFIXES)}.")
@@ -71,6 +77,8 @@ def _state(config: Mapping[str, Any], tensors: Mapping[str, Tensor], fan_in: int
     native = renamed(entries(sites), found.rest)
     sites = {n: replace(s, tensors={k: native[f"{n}::{k}"] for k in s.roles if k not in s.shared})
              for n, s in sites.items()}  # fmt: skip
+    if model is not None and from_the_base(start := config.get("init_lora_weights")):
+        sites = shifted(sites, start, model)
     shared = {k.removeprefix("shared::"): t for k, t in native.items() if k.startswith("shared::")}
     for site, shift in found.shifts.items():
         sites[site] = _shifted(sites.get(site), shift * sites[site.rpartition(".")[0]].scale)
@@ -86,13 +94,13 @@ _NAMED = re.compile(rf"(\.(?:{_LEAF}))\.(?!weight$|bias$)[^.]+(?=$|\.)")
 
 def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under the names of PEFT's files, whatever version or hand wrote them."""
-    bare = not any(k.startswith("base_model.") for k in tensors)
+    names = {k: _NAMED.sub(lambda m: m[1], k.replace("_orig_mod.", "")) for k in tensors}
+    bare = not any(k.startswith("base_model.") for k in tensors) and any(map(_leaf_of_any, names.values()))
     out: dict[str, Tensor] = {}
     for key, t in tensors.items():
         if key.endswith(".ranknum") or ".ranknum." in key:  # AdaLoRA's count of ranks, no part of the map
             continue
-        name = _NAMED.sub(lambda m: m[1], key.replace("_orig_mod.", ""))
-        name = f"{PREFIX}{name}" if bare and _leaf_of_any(name) else name
+        name = f"{PREFIX}{names[key]}" if bare else names[key]
         if ".modules_to_save." in name and name != key:
             name = name.replace(".modules_to_save.", ".")
         if name in out and not torch.equal(out[name], t):
@@ -136,6 +144,9 @@ def _sort(family: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor])
             out.shifts[f"{m['module']}.bias"] = t
         elif m is not None and m["leaf"] in (RELATIVES[family].dropped if family in RELATIVES else ()):
             continue
+        elif m is not None and family == "TRAINABLE_TOKENS":
+            out.tokens[m["module"]] = tuple(int(i) for i in config.get("token_indices") or ())
+            out.rest[f"{PREFIX}{m['module']}.{TOKENS}"] = t
         elif m is not None and family == "LN_TUNING":
             name = f"{m['module']}.{m['leaf'].rpartition('.')[2]}"
             out.own[name] = t
@@ -268,8 +279,8 @@ def _params_at(module: str, config: Mapping[str, Any]) -> list[str]:
 
 
 def _relatives(family: str, config: Mapping[str, Any], found: _Found) -> dict[str, SiteState]:
-    if family == "LN_TUNING":
-        return {}
+    if family not in RELATIVES:
+        return {}  # own tensors only
     sites = {}
     for module, levels in found.layers.items():
         if set(levels) != {0}:

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omnilora.core.full import Full
 from omnilora.core.parameterization import Parameterization
 from omnilora.core.state import AdapterState, SiteState
 from omnilora.errors import BadValue, FileRefused, NotExpressible
-from omnilora.io.lycoris import leaf_of, leaves_of, sites_of
+from omnilora.io.lycoris import is_difference, leaf_of, leaves_of, sites_of
 from omnilora.io.names import NAMES, PARTS, is_raw, part_of, raw_names
 from omnilora.parameterizations.dora import DoRA
 from omnilora.parameterizations.hadamard import LoHa
@@ -127,10 +126,6 @@ def _vector(name: str, names: Mapping[str, str], state: AdapterState) -> dict[st
     else:
         raise NotExpressible(f"{name}: LyCORIS reads a bias only beside the difference of its weight.")
     return {f"{names[owner]}.{leaf}": s.tensor("W", state).flatten()}
-
-
-def is_difference(how: Any) -> bool:
-    return type(how) is Full and how.delta_form and how.rows is None
 
 
 def _nothing_carried(state: AdapterState) -> None:

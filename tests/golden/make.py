@@ -82,6 +82,8 @@ LYCORIS = {
     "full": dict(algo="full", train_norm=True),
     "ia3": dict(algo="ia3"),
     "oft": dict(algo="diag-oft"),
+    "boft": dict(algo="boft", linear_dim=2),
+    "glora": dict(algo="glora"),
     "oft-bounded": dict(algo="diag-oft", constraint=0.01, rescaled=True),
 }
 
@@ -92,7 +94,8 @@ def lycoris():
     (HERE / "lycoris").mkdir(exist_ok=True)
     expected = {}
     for name, options in LYCORIS.items():
-        LycorisNetwork.apply_preset({"target_module": ["Net"], "target_name": [".*"]})
+        some = ["q_proj", "conv"] if options["algo"] in ("boft", "glora") else [".*"]  # sizes that halve, and no groups
+        LycorisNetwork.apply_preset({"target_module": [] if len(some) > 1 else ["Net"], "target_name": some})
         torch.manual_seed(0)
         net = Net()
         wrapped = create_lycoris(net, 1.0, **{"linear_dim": 2, "linear_alpha": 3, "preset": "full", **options})
@@ -116,6 +119,13 @@ def tiny_unet():
 
 UNET_INPUTS = dict(sample=torch.sin(torch.arange(192.0)).view(1, 3, 8, 8), timestep=torch.tensor([7]),
                    encoder_hidden_states=torch.cos(torch.arange(12.0)).view(1, 3, 4))  # fmt: skip
+
+
+WEIGHTS = ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.resnets.0.conv1", "mid_block.attentions.0.proj_in")
+KOHYA = {
+    "lora": dict(algo="lora"), "locon-tucker": dict(algo="lora", use_tucker=True), "dora": dict(algo="lora", dora_wd=True),
+    "loha": dict(algo="loha"), "lokr": dict(algo="lokr", factor=2), "full": dict(algo="full"),
+}  # fmt: skip
 
 
 def kohya():
@@ -142,7 +152,26 @@ def kohya():
               {"ss_network_module": "lycoris.kohya", "ss_network_dim": "2", "ss_network_alpha": "1.0"})  # fmt: skip
     shapes = {"unet": _shapes(unet), "text_encoder": _shapes(text)}
     (HERE / "kohya" / "shapes.json").write_text(json.dumps(shapes, indent=0) + "\n")
-    save_file({"unet": y}, HERE / "kohya" / "expected.safetensors")
+    expected = {"unet": y}
+    for name, options in KOHYA.items():
+        unet = tiny_unet()
+        with tempfile.NamedTemporaryFile("w", suffix=".toml") as preset:
+            preset.write('enable_conv = true\nunet_target_module = []\ntext_encoder_target_module = []\ntext_encoder_target_name = []\n'
+                         f"unet_target_name = {json.dumps(list(WEIGHTS))}\n")  # fmt: skip
+            preset.flush()
+            network = create_network(1.0, 2, 3.0, None, text, unet, preset=preset.name, **{"conv_dim": 2, "conv_alpha": 3.0, **options})
+        network.apply_to(text, unet, False, True)
+        stir(network.named_parameters())
+        with torch.no_grad():
+            expected[f"{name}.output"] = unet(**UNET_INPUTS).sample
+        for lora in network.unet_loras:
+            path = next(w for w in WEIGHTS if lora.lora_name == f"lora_unet_{w.replace('.', '_')}")
+            expected[f"{name}.{path}"] = lora.get_merged_weight()[0] if name != "loha" else (
+                lora.org_weight + lora.get_weight(lora.shape))  # its get_diff_weight scales twice, its forward once
+        save_file(contiguous(network.state_dict()), HERE / "kohya" / f"{name}.safetensors")
+    bare = tiny_unet().state_dict()
+    expected |= {f"base.{w}": bare[f"{w}.weight"] for w in WEIGHTS}
+    save_file(contiguous(expected), HERE / "kohya" / "expected.safetensors")
 
 
 def _shapes(model):
