@@ -21,6 +21,9 @@ CARD = Card(
     tags=frozenset({"zero_at_init", "mergeable", "low_rank", "additive", "trains_lm", "rows"}),
     defaults={"r": 8, "tensor_rank": 5, "alpha": 16.0, "zero": True},
     cases=({"r": 4, "tensor_rank": 2, "alpha": 3.0},),
+    agreement=(
+        "Official Linear with its tensorized layers, autocast off, three shapes, fp64: outputs and gradients of all cores within 1e-15.",
+    ),
     differs=(
         "The official code starts both trains at random, so that ΔW ≠ 0; here the last core of B is zero (zero=False "
         "gives the code's start).",
