@@ -1,5 +1,7 @@
 """Methods that need another learning rate say so; a rate that the user gives always stands."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -68,3 +70,13 @@ def test_relora_keeps_the_moments_above_the_quantile(prune, left):
 
     rule._prune(Clock, t)
     assert int((moment != 0).sum()) == left and torch.equal(moment != 0, above)
+
+
+@pytest.mark.parametrize(("key", "hyper"), [("delta_lora", {"start": 9}), ("relora", {"every": 9})])
+def test_a_schedule_that_never_begins_says_so(key, hyper):
+    data = proofs.full_batch(torch.randn(20, 6), torch.randn(20, 5))
+    with pytest.warns(UserWarning, match="this run has 9: it stays plain LoRA"):
+        proofs.train(nn.Sequential(nn.Linear(6, 5)), ol.method(key, r=2, **hyper), data, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        proofs.train(nn.Sequential(nn.Linear(6, 5)), ol.method(key, r=2, **hyper), data, 11)

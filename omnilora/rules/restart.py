@@ -7,6 +7,7 @@ Every K updates: the rate falls to 0 and ramps back to the schedule over ``warmu
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -31,6 +32,11 @@ class Restart(Rule):
                            "every ≥ 2, warmup ≥ 0, reset one of zero, magnitude, random, 0 ≤ prune ≤ 1.")  # fmt: skip
         self.every, self.warmup, self.reset, self.prune = every, warmup, reset, prune
         self.restarts = 0
+
+    def attach(self, run: Run) -> None:
+        if run.total_steps < self.every + 2:
+            warnings.warn(f"The first restart comes after {self.every} updates, and this run has {run.total_steps}: it stays plain "
+                          "LoRA. Give a smaller every.", stacklevel=2)  # fmt: skip
 
     def _since(self, run: Run) -> int | None:
         """Updates done since the last multiple of K that has a restart; None before the first. A restart after which

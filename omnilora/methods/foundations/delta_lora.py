@@ -32,6 +32,7 @@ CARD = Card(
         "The only public implementation takes its first snapshot after the first step and leaves dropout on.",
     ),
     limits=(
+        "A run of K updates or fewer is plain LoRA: a warning says so.",
         "The total update has rank ≤ 2r: 'high-rank parameters are learnt' does not hold literally.",
         "With K = 0 and Adam the trajectory is that of LoRA with the scale s(1 + λ).",
     ),

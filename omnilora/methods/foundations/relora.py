@@ -38,6 +38,7 @@ CARD = Card(
         "Folds happen one update after the multiple of K, whose rate is 0, as in the official code.",
     ),
     limits=(
+        "A run that is too short for one restart is plain LoRA: a warning says so.",
         "Pruning each moment by its own magnitude can keep a first moment whose second is gone: a two-layer toy at a rate of "
         "1e-2 with a warm-up of two updates diverged; reset='zero' did not.",
         "The full-rank warm start is ordinary training before the adapter is put on.",
