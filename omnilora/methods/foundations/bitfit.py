@@ -84,7 +84,7 @@ def _shifted(broken: bool) -> float:
         base, y = model(x), teacher(x)
     how = Method("x", LoRA(1, 1.0)) if broken else bitfit()
     proofs.train(model, how, proofs.full_batch(x, y), 800, lr=2e-2, targets=("up", "down") if broken else None)
-    return float((model(x) - y).norm() / (base - y).norm())
+    return proofs.relative(model(x) - base, y - base)
 
 
 def _created(broken: bool) -> float:
@@ -94,7 +94,7 @@ def _created(broken: bool) -> float:
     y = base + torch.linspace(-1.0, 1.0, 12)
     how = Method("x", LoRA(1, 1.0)) if broken else bitfit(create=True)
     proofs.train(model, how, proofs.full_batch(x, y), 400, lr=2e-2, targets=("layers.0",) if broken else None)
-    return float((model(x) - y).norm() / (base - y).norm())
+    return proofs.relative(model(x) - base, y - base)
 
 
 def claims() -> list[Claim]:
