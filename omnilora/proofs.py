@@ -37,6 +37,16 @@ def planted(out: int, inn: int, rank: int, scale: float = 1.0, seed: int = 0) ->
     return scale * (u * torch.linspace(2, 1, rank)) @ v.mT
 
 
+def falling(rows: int, width: int) -> Tensor:
+    """(rows, width) inputs with the deviations 1, 1/2, …, 1/width along random orthonormal directions."""
+    return torch.randn(rows, width) @ torch.linalg.qr(torch.randn(width, width)).Q.mul(torch.arange(1, width + 1) ** -1.0).mT
+
+
+def squared(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean squared error of ``model`` on (x, y): the loss that ``ol.prepare`` takes."""
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
 def train(
     model: nn.Module,
     method: Method,

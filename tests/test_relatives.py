@@ -8,6 +8,7 @@ from torch import nn
 import omnilora as ol
 from omnilora import proofs
 from omnilora.contract import check_parameterization, shake
+from omnilora.core.full import Full
 from omnilora.errors import NotExpressible, NotMergeable, TargetError
 from omnilora.parameterizations.dora import DoRA
 from omnilora.parameterizations.fourier import FourierFT
@@ -18,7 +19,7 @@ from omnilora.parameterizations.masked import Masked
 from omnilora.parameterizations.nola import NOLA
 from omnilora.parameterizations.orthogonal import BOFT, OFT, cayley
 from omnilora.parameterizations.randlora import RandLoRA
-from omnilora.parameterizations.scaling import IA3
+from omnilora.parameterizations.scaling import IA3, Shift
 
 ADDITIVE = [LoHa(2, 5.0), LoKr(1, 3.0), FourierFT(9, 5.0), RandLoRA(2, 5.0), NOLA(3, 5.0, 0.0, 6, 7), Masked(LoRA(2, 3.0), std=0.1)]
 
@@ -102,6 +103,30 @@ def test_ssf_refuses_to_merge_a_shift_without_a_bias():
     with pytest.raises(NotMergeable, match="no bias"):
         ol.merge(model)
     assert all(torch.equal(v, before[k]) for k, v in ol.base_state_dict(model).items())
+
+
+def test_bitfit_creates_biases_where_there_are_none(tmp_path):
+    made = ol.method("bitfit", create=True)
+    model = ol.adapt(llama(attention_bias=True), made)
+    kinds = {s.site.name.split(".")[-2 if s.site.name.endswith("bias") else -1]: s.how for s in ol.slots(model)}
+    assert {k for k, how in kinds.items() if isinstance(how, Full)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {k for k, how in kinds.items() if isinstance(how, Shift)} == {"gate_proj", "up_proj", "down_proj"}
+    torch.manual_seed(0)
+    base = llama()
+    ids = torch.randint(0, 16, (2, 5))
+    before = base(ids).logits
+    ol.adapt(base, made)
+    assert torch.equal(base(ids).logits, before)
+    shake(base)
+    after = base(ids).logits
+    assert not torch.allclose(after, before)
+    ol.save(base, tmp_path / "a")
+    torch.manual_seed(0)
+    again = llama()
+    ol.load(again, tmp_path / "a")
+    assert torch.equal(again(ids).logits, after)
+    with pytest.raises(NotMergeable, match="no bias"):
+        ol.merge(base)
 
 
 def test_bitfit_needs_a_bias_and_takes_every_one(tmp_path):

@@ -1,4 +1,5 @@
-"""Every method that claims to train a language model does, from the command line, with nothing but its defaults."""
+"""Every method that claims to train a language model does, from the command line, with nothing but its defaults and what the
+command on its card sets."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import torch
 
 from omnilora.cli import cards
 
-KEYS = [c["key"] for c in cards.read() if "trains_lm" in c["tags"]]
+CARDS = {c["key"]: c for c in cards.read() if "trains_lm" in c["tags"]}
+KEYS = list(CARDS)
 NEEDS = {"xlora"}  # is made of adapters that are trained before it
 
 
@@ -47,9 +49,11 @@ def falls(key, data, folder):
     from omnilora.training.data import read_rows
     from omnilora.training.models import load_trained
 
+    words = CARDS[key]["command"].split()
+    sets = [w for flag, pair in zip(words, words[1:]) if flag == "--set" for w in (flag, pair)]
     run = CliRunner().invoke(app, [
         "train", "--model", "package:smollm2", "--method", key, "--data", str(data[0]), "--steps", "20",
-        "--batch-size", "4", "--max-length", "160", "--output", str(folder), "--json"])  # fmt: skip
+        "--batch-size", "4", "--max-length", "160", "--output", str(folder), "--json", *sets])  # fmt: skip
     assert run.exit_code == 0, run.output[-2000:]
     assert json.loads(run.stdout)["steps"] == 20
     model, tokenizer = load_trained(folder)

@@ -2,6 +2,7 @@
 
 (IA)³ — Liu et al., NeurIPS 2022, arXiv:2205.05638.     y' = l ⊙ (W x + b), or y = W (l ⊙ x) + b
 SSF — Lian et al., NeurIPS 2022, arXiv:2210.08823.      y' = γ ⊙ (W x + b) + β
+A bias for layers that have none:                       y' = W x + β
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from omnilora.core.parameterization import (
     magnitude,
     normal,
     one_of,
+    zeros,
 )
 from omnilora.core.site import Site, replaced
 from omnilora.errors import NotExpressible
@@ -64,10 +66,26 @@ class SSF(Parameterization):
         finite(self.std, "std", 0.0)
 
     def init(self, site: Site, seen: Any = None) -> Tensors:
-        if not site.called or site.kind == "embedding":
-            raise NotExpressible(f"{site.name} ({site.kind}) has no place for a shift.", "Leave it out of the targets.")
-        n = site.fan_out
+        n = shifted(site)
         return Tensors(gamma=magnitude(torch.ones(n) + normal(self.std, n)), beta=magnitude(normal(self.std, n)))
 
     def adapt(self, W: Op, p: Slot, ctx: Context) -> Op:
         return chain(p.gamma, W).shift(p.beta)
+
+
+@dataclass(frozen=True)
+class Shift(Parameterization):
+    """β starts at 0."""
+
+    def init(self, site: Site, seen: Any = None) -> Tensors:
+        return Tensors(beta=magnitude(zeros(shifted(site))))
+
+    def adapt(self, W: Op, p: Slot, ctx: Context) -> Op:
+        return W.shift(p.beta)
+
+
+def shifted(site: Site) -> int:
+    """How many outputs of the site a shift moves."""
+    if not site.called or site.kind == "embedding":
+        raise NotExpressible(f"{site.name} ({site.kind}) has no place for a shift.", "Leave it out of the targets.")
+    return site.fan_out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,9 @@ class Snapshot(Rule):
         self.start = start
 
     def attach(self, run: Run) -> None:
+        if self.start >= run.total_steps:
+            warnings.warn(f"The second term begins after {self.start} updates, and this run has {run.total_steps}: it stays plain "
+                          "LoRA. Give a smaller start.", stacklevel=2)  # fmt: skip
         if self.start == 0 and run.step == 0:
             with torch.no_grad():
                 self._take(run)

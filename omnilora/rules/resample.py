@@ -1,6 +1,6 @@
 """ROSA — Gamal & Rabusseau, 2023: a random slice of the weight's own singular vectors trains, is kept, and is drawn anew.
 
-    W_t = U Σ Vᵀ,   B = U_I Σ_I,  A = V_Iᵀ,  |I| = r;   W_{t+1} = W_t − B₀ A₀ + B A
+    W_t = U Σ Vᵀ,   B = U_I,  A = Σ_I V_Iᵀ,  |I| = r;   W_{t+1} = W_t − B₀ A₀ + B A
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def slice_of(W: Tensor, r: int, pick: str) -> tuple[Tensor, Tensor]:
         first = {"top": 0, "bottom": n - r}.get(pick, int(torch.randint(n - r + 1, ())))
         at = torch.arange(first, first + r)
     at = at.to(W.device)
-    return u[..., at] * s[..., None, at], vh[..., at, :]
+    return u[..., at], s[..., at, None] * vh[..., at, :]
 
 
 def redraw(slot: Slot, pick: str) -> None:

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from omnilora import proofs
 from omnilora.core.attach import base_state_dict, slots
 from omnilora.core.method import Card, Claim, Method
+from omnilora.core.parameterization import Parameterization
+from omnilora.core.site import Site
 from omnilora.core.targets import Targets
 from omnilora.parameterizations.lora import LoRA
+from omnilora.parameterizations.scaling import Shift
 
 CARD = Card(
     key="bitfit",
@@ -19,10 +24,14 @@ CARD = Card(
     arxiv="2106.10199",
     venue="ACL 2022",
     tags=frozenset({"zero_at_init", "mergeable", "trains_lm"}),
-    cases=({},),
+    defaults={"create": False},
+    cases=({}, {"create": True}),
+    command="omnilora train --model package:smollm2 --method bitfit --set hyper.create=true --data train.jsonl",
     differs=("Biases train as the adapter's own copies: the base stays as it is, and the result is a file to switch.",),
     limits=(
-        "A model without biases (Llama and most of its family) has nothing to train: an error says so.",
+        "A model without biases (Llama and most of its family) has nothing to train: an error says so. create=True gives every "
+        "linear layer without a bias a new one, zero at the start, which is not in the paper.",
+        "A created bias does not merge: the layer has no place to hold it.",
         "The paper's smaller choice, the biases of queries and of the middle of the feed-forward, is unfreeze patterns with "
         "another method, not an option here.",
         "Own biases are whole tensors: rows of one batch cannot differ.",
@@ -30,9 +39,15 @@ CARD = Card(
 )
 
 
-def bitfit() -> Method:
-    """Every bias of the model as an own copy."""
-    return Method("bitfit", None, targets=Targets(include=(), bias="all"), rate=5.0)
+def bitfit(create: bool = False) -> Method:
+    """Every bias of the model as an own copy; ``create``: and a new one for linear layers that have none."""
+    if not create:
+        return Method("bitfit", None, targets=Targets(include=(), bias="all"), rate=5.0)
+    return Method("bitfit", Shift(), targets=Targets(bias="all"), arrange=without_bias, rate=5.0)
+
+
+def without_bias(sites: Sequence[Site], how: Parameterization) -> list[Parameterization | None]:
+    return [how if s.store.offset is None else None for s in sites]
 
 
 class _Net(nn.Module):
@@ -69,12 +84,24 @@ def _shifted(broken: bool) -> float:
         base, y = model(x), teacher(x)
     how = Method("x", LoRA(1, 1.0)) if broken else bitfit()
     proofs.train(model, how, proofs.full_batch(x, y), 800, lr=2e-2, targets=("up", "down") if broken else None)
-    return float((model(x) - y).norm() / (base - y).norm())
+    return proofs.relative(model(x) - base, y - base)
+
+
+def _created(broken: bool) -> float:
+    """Relative error on a layer without a bias whose target has one, with 12 numbers (broken: LoRA of rank 1, 28 numbers)."""
+    model, x = proofs.Stack(16, 12), torch.randn(256, 16)
+    base = model(x).detach()
+    y = base + torch.linspace(-1.0, 1.0, 12)
+    how = Method("x", LoRA(1, 1.0)) if broken else bitfit(create=True)
+    proofs.train(model, how, proofs.full_batch(x, y), 400, lr=2e-2, targets=("layers.0",) if broken else None)
+    return proofs.relative(model(x) - base, y - base)
 
 
 def claims() -> list[Claim]:
     return [
         Claim("biases only", "all that trains is a bias, and the base does not move", _moved, lambda f: f == 1, "LoRA"),
         Claim("a target in the biases", "a teacher with other biases is learnt", _shifted, lambda f: f < 0.1,
+              "LoRA of more numbers"),
+        Claim("a bias where none is", "create=True learns a shift of a layer without a bias", _created, lambda f: f < 1e-2,
               "LoRA of more numbers"),
     ]  # fmt: skip

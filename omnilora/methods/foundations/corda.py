@@ -62,17 +62,13 @@ def corda(r: int = 16, alpha: float | None = None, dropout: float = 0.0, mode: s
     return Method("corda", form, prepare=look)
 
 
-def _square(model: nn.Module, batch: Any) -> Tensor:
-    return model(batch[0]).square().mean()
-
-
 def _error(mode: str, broken: bool) -> float:
     """‖(W − K) X‖ / ‖W X‖ on the data seen, with K what is kept: all but the adapter's part, or the adapter's part
     (broken: an identity in place of the inputs' covariance, plain SVD)."""
     model = proofs.Stack(24, 24)
-    x = torch.randn(512, 24) @ torch.linalg.qr(torch.randn(24, 24)).Q.mul(torch.arange(1, 25) ** -1.0).mT
+    x = proofs.falling(512, 24)
     shown = torch.eye(24) if broken else x
-    adapt(model, *prepare(model, corda(r=8, mode=mode), [(shown,)], _square))
+    adapt(model, *prepare(model, corda(r=8, mode=mode), [(shown, torch.zeros(len(shown), 24))], proofs.squared))
     (s,) = slots(model)
     W = s.site.W.dense().detach()
     part = (s.scale * s.B @ s.A).detach()

@@ -21,6 +21,10 @@ CARD = Card(
     tags=frozenset({"zero_at_init", "mergeable", "low_rank", "additive", "scheduled", "trains_lm", "rows"}),
     defaults={"r": 8, "alpha": 16.0, "lam": 2.0, "start": 500},
     cases=({"r": 2, "alpha": 3.0, "lam": 1.5, "start": 3},),
+    agreement=(
+        "No official code exists. The paper's loop, which writes to W after every step, spelled out: K = 0 and 7, SGD and AdamW with "
+        "decay, 80 updates, fp64: outputs and gradients of the input within 2e-15.",
+    ),
     differs=(
         "The post-step writes telescope, so nothing is written to W: the same map, exact on quantized bases, and a file "
         "of two low-rank pairs.",
@@ -28,6 +32,7 @@ CARD = Card(
         "The only public implementation takes its first snapshot after the first step and leaves dropout on.",
     ),
     limits=(
+        "A run of K updates or fewer is plain LoRA: a warning says so.",
         "The total update has rank ≤ 2r: 'high-rank parameters are learnt' does not hold literally.",
         "With K = 0 and Adam the trajectory is that of LoRA with the scale s(1 + λ).",
     ),

@@ -20,6 +20,10 @@ CARD = Card(
     tags=frozenset({"zero_at_init", "mergeable", "low_rank", "additive", "scheduled", "trains_lm", "rows"}),
     defaults={"r": 8, "alpha": 16.0, "only_last": True, "scale": "alpha/b"},
     cases=({"r": 3, "alpha": 5.0}, {"r": 3, "alpha": 4.0, "use": 2, "scale": "constant", "only_last": False}),
+    agreement=(
+        "Official loralib Linear, every rank of five, frozen and not, training and evaluation, fp64: outputs and gradients within "
+        "2e-14; 60 updates of Adam with drawn ranks: within 7e-16.",
+    ),
     differs=(
         "only_last stops the gradient of the earlier directions; with momentum they still drift by stale moments, as in "
         "the official code.",

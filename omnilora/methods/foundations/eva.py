@@ -83,10 +83,6 @@ def resized(how: Parameterization, rank: int, adjust: bool) -> Parameterization 
     return dataclasses.replace(how, r=rank, alpha=alpha) if rank else None  # type: ignore[call-arg]
 
 
-def _square(model: nn.Module, batch: Any) -> Tensor:
-    return (model(batch[0]) - batch[1]).square().mean()
-
-
 def _variance(broken: bool) -> float:
     """Mean share of a layer's input variance that A's rows explain, where one layer's inputs have 2 directions and the
     other's 16 equal ones; r = 6 (broken: ρ = 1, the same rank everywhere)."""
@@ -94,7 +90,7 @@ def _variance(broken: bool) -> float:
     with torch.no_grad():
         model.layers[0].weight.copy_(proofs.planted(16, 16, 2))
     x = torch.linalg.qr(torch.randn(512, 16)).Q * 512**0.5
-    made, targets = prepare(model, eva(r=6, rho=1.0 if broken else 2.0), [(x, x)], _square)
+    made, targets = prepare(model, eva(r=6, rho=1.0 if broken else 2.0), [(x, x)], proofs.squared)
     adapt(model, made, targets)
     explained = []
     for s in slots(model):
@@ -108,14 +104,14 @@ def _gradient(broken: bool) -> float:
     """‖∂L/∂B‖² / ‖∂L/∂W‖² at s = 1: the share of the full gradient that a first step can take, inputs of falling variance
     (broken: random orthonormal rows)."""
     model = proofs.Stack(32, 16)
-    x = torch.randn(512, 32) @ torch.linalg.qr(torch.randn(32, 32)).Q.mul(torch.arange(1, 33) ** -1.0).mT
+    x = proofs.falling(512, 32)
     batch = (x, torch.randn(512, 16) + x @ torch.randn(32, 16))
-    full = torch.autograd.grad(_square(model, batch), [model.layers[0].weight])[0]
+    full = torch.autograd.grad(proofs.squared(model, batch), [model.layers[0].weight])[0]
     if broken:
         adapt(model, Method("lora", LoRA(4, 4.0, init_A="orthonormal")))
     else:
-        adapt(model, *prepare(model, eva(r=4, alpha=4.0), [batch], _square))
-    _square(model, batch).backward()
+        adapt(model, *prepare(model, eva(r=4, alpha=4.0), [batch], proofs.squared))
+    proofs.squared(model, batch).backward()
     return float(slots(model)[0].B.grad.square().sum() / full.square().sum())
 
 

@@ -42,7 +42,11 @@ CARD = Card(
     agreement=(
         "Jacobians on MiniLM equal those of torch.autograd (one entry of one row at each of 74 matrices, run once); "
         "on linear stacks they are tested with lora, rslora, lora_fa and dora to 1e-5.",
-        "Bayesian linear regression, in closed form: 1e-6. Not compared with the official code or laplace-torch.",
+        "laplace-torch 0.3 (all weights, Kronecker, Gauss-Newton of curvlinops 3.0.1) on two LoRA layers with tanh, 60 rows of four "
+        "classes in one and in three batches, three λ, fp64: covariances, evidence, probit and bridge within 1e-13, λ of the evidence "
+        "within the printed digits of its 3,000 steps of Adam, joint within the noise of 200,000 draws. kfac_rank=None there, and one "
+        "token a row.",
+        "Bayesian linear regression, in closed form: 1e-6. Not compared with the official code.",
     ),
     limits=(
         "MiniLM, LoRA r = 8 trained for 15 epochs on 180 rows of six topics, other modules in the test; seeds 0, 1, 2, "

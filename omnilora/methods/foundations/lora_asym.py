@@ -20,6 +20,10 @@ CARD = Card(
     tags=frozenset({"zero_at_init", "mergeable", "low_rank", "additive", "trains_lm", "rows"}),
     defaults={"r": 8, "alpha": 16.0, "train": "B", "init_A": "orthonormal"},
     cases=({"r": 3, "alpha": 5.0}, {"r": 2, "alpha": 3.0, "init_A": "svd"}),
+    agreement=(
+        "Official Linear with its A ('rand', 'V', 'he') in both, fp64: outputs and the gradient of B within 2e-15. On one weight its "
+        "'V' has 0.22 of A inside the top right singular subspace, init_A='svd' has all.",
+    ),
     differs=(
         "The README's example string is parsed the other way round by the official code (B frozen at random, A trained).",
         "The official 'V' init takes columns of Vᴴ, and of a weight that is not the pretrained one; here it is the top "

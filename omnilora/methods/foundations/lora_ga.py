@@ -63,20 +63,16 @@ def lora_ga(r: int = 8, alpha: float = 16.0, dropout: float = 0.0, size: str = "
     return Method("lora_ga", form, prepare=look)
 
 
-def _square(model: nn.Module, batch: Any) -> Tensor:
-    return (model(batch[0]) - batch[1]).square().mean()
-
-
 def _aligned(broken: bool) -> float:
     """Cosine of the first step's ΔW with the full gradient, plain gradient descent (broken: LoRA of equal size)."""
     model, x = proofs.Stack(32, 24), torch.randn(256, 32)
     y = x @ proofs.planted(24, 32, 6).mT
-    G = torch.autograd.grad(_square(model, (x, y)), [model.layers[0].weight])[0]
+    G = torch.autograd.grad(proofs.squared(model, (x, y)), [model.layers[0].weight])[0]
     if broken:
         adapt(model, Method("lora", LoRA(4, 16.0, scaling="alpha/sqrt(r)")))
     else:
-        adapt(model, *prepare(model, lora_ga(r=4), [(x, y)], _square))
-    _square(model, (x, y)).backward()
+        adapt(model, *prepare(model, lora_ga(r=4), [(x, y)], proofs.squared))
+    proofs.squared(model, (x, y)).backward()
     (s,) = slots(model)
     step = s.scale * (s.B.grad @ s.A + s.B @ s.A.grad)
     return float(((step * G).sum() / step.norm() / G.norm()).detach())
@@ -88,7 +84,7 @@ def _stable(broken: bool) -> float:
     sizes = []
     for n in (32, 512):
         model, batch = proofs.Stack(n, n), (torch.randn(64, n), torch.randn(64, n))
-        adapt(model, *prepare(model, lora_ga(r=4, gamma=n**0.5 if broken else 1.0), [batch], _square))
+        adapt(model, *prepare(model, lora_ga(r=4, gamma=n**0.5 if broken else 1.0), [batch], proofs.squared))
         (s,) = slots(model)
         x = s.A0 / s.A0.norm(dim=-1, keepdim=True)
         sizes.append(float((s.scale * x @ s.A0.mT @ s.B0.mT).square().mean()))

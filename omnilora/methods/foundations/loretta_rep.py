@@ -21,19 +21,26 @@ CARD = Card(
     tags=frozenset({"zero_at_init", "mergeable", "low_rank", "additive", "trains_lm", "rows"}),
     defaults={"r": 8, "tensor_rank": 5, "alpha": 16.0, "zero": True},
     cases=({"r": 4, "tensor_rank": 2, "alpha": 3.0},),
+    agreement=(
+        "Official Linear with its tensorized layers, autocast off, three shapes, fp64: outputs and gradients of all cores within 1e-15.",
+    ),
     differs=(
         "The official code starts both trains at random, so that ΔW ≠ 0; here the last core of B is zero (zero=False "
         "gives the code's start).",
         "Modes separate input from output and are factored from any size; the code has a table keyed on one width.",
         "The official merge reads `.weight` of a train, which does not exist, and crashes.",
     ),
-    limits=("The paper also trains norms and a tensor-train classifier: pass unfreeze=['norm']; the head is not offered.",),
+    limits=(
+        "The paper also trains norms and a tensor-train classifier: pass unfreeze=['norm']; the head is not offered.",
+        "The default rate is five times LoRA's: 20 updates of SmolLM2-135M lower the loss by 0.59, and by 0.07 at LoRA's rate. The "
+        "published runs are long ones at 1e-4.",
+    ),
 )
 
 
 def loretta_rep(r: int = 8, tensor_rank: int = 5, alpha: float = 16.0, dropout: float = 0.0, zero: bool = True) -> Method:
     """``r``: rank of the update; ``tensor_rank``: inner ranks of the two trains."""
-    return Method("loretta_rep", TrainedFactors(r, tensor_rank, alpha, dropout, zero=zero))
+    return Method("loretta_rep", TrainedFactors(r, tensor_rank, alpha, dropout, zero=zero), rate=5.0)
 
 
 def _size(broken: bool) -> float:

@@ -21,18 +21,28 @@ CARD = Card(
     tags=frozenset({"zero_at_init", "mergeable", "low_rank", "additive", "trains_lm", "rows"}),
     defaults={"rank": 5, "alpha": 16.0, "limit": 16, "zero": True},
     cases=({"rank": 2, "alpha": 3.0, "limit": 3},),
+    agreement=(
+        "Code of the group's later repository, fp64: its contraction on inputs whose digits are reversed, four shapes, outputs and "
+        "gradients of all cores within 5e-14; its reconstruction, which puts the output's modes first, on the transposed layer, two "
+        "shapes, within 9e-14.",
+    ),
     differs=(
-        "Contraction and reconstruction are one map here; in the group's first code they differ by index order.",
+        "Contraction and reconstruction are one map here. In the group's code they are two: the contraction reads the input's digits "
+        "from the last, the reconstruction puts the modes of the output first.",
         "The last core starts at zero, so that the model is unchanged; zero=False gives the code's start.",
         "Modes are found by factoring both sides into factors of at most `limit`; the code has tables by size.",
     ),
-    limits=("The original 2024 code was not found; the group's later repositories are the reference.",),
+    limits=(
+        "The original 2024 code was not found; the group's later repositories are the reference.",
+        "The default rate is five times LoRA's, the 5e-3 of the group's runs: 20 updates of SmolLM2-135M lower the loss by 0.61, and "
+        "by 0.06 at LoRA's rate.",
+    ),
 )
 
 
 def tt_lora(rank: int = 5, alpha: float = 16.0, dropout: float = 0.0, limit: int = 16, zero: bool = True) -> Method:
     """``rank``: every inner rank of the train; the scale is α itself."""
-    return Method("tt_lora", TensorTrain(rank, alpha, dropout, limit, zero))
+    return Method("tt_lora", TensorTrain(rank, alpha, dropout, limit, zero), rate=5.0)
 
 
 def _kron(broken: bool) -> float:
