@@ -322,3 +322,28 @@ def test_encoder_fills_every_weight_and_agrees_with_its_package():
     texts = ["How many orders?", "Read one member of an archive as a file."]
     ours = sources.embed(*sources.load_minilm(), texts)
     assert abs(ours.numpy() - package.load_model("cpu").encode(texts)).max() < 1e-5
+
+
+# -- functions -----------------------------------------------------------------------------------------------------------
+
+
+def test_functions_are_real_pairs_of_different_modules():
+    from omnilora.demo import functions
+
+    train, test = functions.examples(train=300, test=100)
+    assert len(train) == 300 and len(test) == 100
+    assert functions.examples(train=300, test=100) == (train, test)
+    texts, names = [{r[k] for r in train + test} for k in ("anchor", "positive")]
+    assert len(texts) == len(names) == 400  # nothing occurs twice, in training and test together
+    module = functions.pairs("bisect")
+    assert {"anchor", "positive"} == set(module[0]) and any(r["positive"].startswith("insort right: a, x") for r in module)
+
+
+def test_functions_refuse_sizes_that_are_not_there():
+    from omnilora import errors
+    from omnilora.demo import functions
+
+    with pytest.raises(errors.BadValue):
+        functions.examples(train=0)
+    with pytest.raises(errors.DataError):
+        functions.examples(train=100_000)

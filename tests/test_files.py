@@ -7,6 +7,7 @@ import random
 import struct
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -224,6 +225,25 @@ def test_reading_executes_and_opens_nothing_else(saved):
     ol.load_file(path)
     watching[0] = False
     assert {e for e, _ in events} == {"open"} and all(str(path) in name for _, name in events)
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent / "golden").rglob("*.safetensors"))[::9], ids=lambda p: p.stem)
+def test_reading_foreign_files_executes_nothing(file):
+    """kohya, LyCORIS, diffusers and PEFT files: the file (or its folder's) is opened, nothing is run or connected to."""
+    path = file.parent if (file.parent / "adapter_config.json").exists() else file
+    with contextlib.suppress(errors.OmniloraError):
+        ol.load_file(path)
+    events, watching = [], [True]
+
+    def hook(event, args):
+        if watching[0] and event in ("exec", "compile", "os.system", "subprocess.Popen", "socket.connect", "open"):
+            events.append((event, str(args[0])))
+
+    sys.addaudithook(hook)
+    with contextlib.suppress(errors.OmniloraError):
+        ol.load_file(path)
+    watching[0] = False
+    assert {e for e, _ in events} == {"open"} and all(str(file.parent) in name for _, name in events), events
 
 
 def test_names_are_data(tmp_path):

@@ -431,3 +431,14 @@ def test_refusals(folder, tmp_path):
         ol.integrate(Rule)
     with pytest.raises(errors.BadValue, match="already"):
         ol.integrate(ol.integrate(trl.SFTTrainer))
+
+
+def test_sharding_is_refused():
+    from types import SimpleNamespace
+
+    from omnilora.training.report import refuse_sharding
+
+    for kind in ("FSDP", "DEEPSPEED"):
+        with pytest.raises(errors.BadValue, match="DDP"):
+            refuse_sharding(SimpleNamespace(distributed_type=SimpleNamespace(value=kind)))
+    refuse_sharding(SimpleNamespace(distributed_type=SimpleNamespace(value="MULTI_CPU")))

@@ -45,7 +45,6 @@ def falls(key, data, folder):
     from typer.testing import CliRunner
 
     from omnilora.cli.main import app
-    from omnilora.core.attach import disabled
     from omnilora.training.data import read_rows
     from omnilora.training.models import load_trained
 
@@ -59,8 +58,8 @@ def falls(key, data, folder):
     model, tokenizer = load_trained(folder)
     rows = read_rows(str(data[0]))[:24]
     after = sequence_losses(model, tokenizer, rows)
-    with disabled(model):
-        before = sequence_losses(model, tokenizer, rows)
+    bare, _ = load_trained(folder, adapter=False)  # the original, not the remainder of a split that an adapter repairs
+    before = sequence_losses(bare, tokenizer, rows)
     fall = before - after
     return float(fall.mean()), float(fall.std() / len(fall) ** 0.5)
 

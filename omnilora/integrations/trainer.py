@@ -21,6 +21,7 @@ from omnilora.errors import AttachError, BadValue, RunError, need
 from omnilora.integrations.reference import Reference
 from omnilora.training import checkpoint
 from omnilora.training.recompute import recomputed_contexts
+from omnilora.training.report import refuse_sharding
 
 STATE = "trainer_state.json"  # transformers writes it last: a checkpoint without it was interrupted
 
@@ -78,9 +79,7 @@ class Integrated:
 
     def _refuse(self, method: Any) -> None:
         """Launches that are not supported."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise BadValue("Trainers with FSDP or DeepSpeed shard parameters that omnilora reads whole.",
-                           "Start with DDP: accelerate launch --num_processes N.")  # fmt: skip
+        refuse_sharding(self.accelerator)
         alone = [type(r).__name__ for r in method.rules if r.one_process or r.own_gradients]
         if alone and self.args.world_size > 1:
             raise BadValue(f"{method.key!r} does not train in {self.args.world_size} processes here ({alone[0]}).",

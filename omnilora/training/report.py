@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omnilora.errors import NeedsExtra, UnknownName, nearest, need
+from omnilora.errors import BadValue, NeedsExtra, UnknownName, nearest, need
 
 
 @dataclass
@@ -58,7 +58,16 @@ def make_accelerator(trackers: list[Any], output: str | None, cpu: bool) -> Any:
     if len(made.log_with) < len(trackers):
         raise NeedsExtra(f"Of trackers {trackers!r} only {[str(t) for t in made.log_with]} can be used.",
                          "Install their packages: pip install 'omnilora[track]'.")  # fmt: skip
+    refuse_sharding(made)
     return made
+
+
+def refuse_sharding(accelerator: Any) -> None:
+    """FSDP, DeepSpeed and Megatron shard parameters, which layers here read whole."""
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise BadValue(f"accelerate is configured for {kind}, which shards parameters.",
+                       "Use DDP: accelerate launch --multi_gpu, or --num_processes N on CPUs.")  # fmt: skip
 
 
 class Progress:
