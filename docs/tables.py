@@ -97,6 +97,43 @@ def benchmark_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+TASKS = {
+    "topics": "Docstring → chapter of the library reference, six classes, 540 texts to learn, 60 to choose rates, 240 to "
+              "report (`omnilora.demo.topics`): accuracy with a new head.",
+    "functions": "Docstring → signature of the function, 540 pairs to learn, 60 to choose rates, 240 to report "
+                 "(`omnilora.demo.functions`): how often the right one of 240 is the nearest.",
+}  # fmt: skip
+
+
+def comparison_page() -> str:
+    """bench/results/compare-*.json with what stands in docs/comparison_notes.md before and after the tables."""
+    head, tail = (HERE / "comparison_notes.md").read_text().split("<!-- tables -->\n")
+    parts = [head]
+    for task, words in TASKS.items():
+        path = HERE.parent / "bench" / "results" / f"compare-{task}.json"
+        if not path.is_file():
+            continue
+        data = json.loads(path.read_text())
+        parts.append(f"## {task.capitalize()}\n\n{words}\n\n"
+                     "| method | parameters | rate × | accuracy | 95 % over seeds | to lora | 95 % seeds | 95 % rows | q | verdict |\n"
+                     "| --- | ---: | ---: | ---: | --- | ---: | --- | --- | ---: | --- |\n")  # fmt: skip
+        parts.append("".join("| " + " | ".join(_line(x)) + " |\n" for x in data["lines"]) + "\n")
+    return "".join(parts) + tail
+
+
+def _line(x: dict[str, Any]) -> list[str]:
+    if x["test"] is None:
+        return [x["label"], *["–"] * 8, "failed: " + "; ".join(x["errors"])[:120]]
+    gap, q = x["difference"], x["q"]
+    return [x["label"], f"{x['parameters']:,}", f"{x['rate']:.2g}{'*' if x['at_edge'] else ''}", f"{x['test']['mean']:.3f}",
+            _span(x["test"]), "–" if gap is None else f"{gap['mean']:+.3f}", _span(gap), _span(x["rows"]),
+            "–" if q is None else f"{q:.2f}", x["verdict"]]  # fmt: skip
+
+
+def _span(interval: dict[str, Any] | None) -> str:
+    return "–" if interval is None or interval["low"] is None else f"{interval['low']:.3f} … {interval['high']:.3f}"
+
+
 def products_table() -> str:
     """Every method against kinds of layers, mixed batches, DoRA, merging, PEFT and compilation."""
     sys.path.insert(0, str(HERE))
@@ -109,8 +146,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     (HERE / "benchmark.md").write_text(benchmark_table())
     (HERE / "peft-table.md").write_text(peft_table())
+    (HERE / "comparison.md").write_text(comparison_page())
     (HERE / "products.md").write_text(products_table())
-    print("docs/benchmark.md docs/peft-table.md docs/products.md")
+    print("docs/benchmark.md docs/peft-table.md docs/comparison.md docs/products.md")
 
 
 if __name__ == "__main__":
