@@ -131,7 +131,10 @@ def test_bitfit_creates_biases_where_there_are_none(tmp_path):
 
 def test_bitfit_needs_a_bias_and_takes_every_one(tmp_path):
     with pytest.raises(TargetError, match="LlamaForCausalLM has no bias"):
-        ol.adapt(llama(), ol.method("bitfit"))
+        ol.adapt(llama(), ol.method("bitfit", create=False))
+    with pytest.warns(UserWarning, match="each gets a new one"):
+        bare = ol.adapt(llama(), ol.method("bitfit"))
+    assert all(isinstance(s.how, Shift) for s in ol.slots(bare))
     model = ol.adapt(llama(attention_bias=True), ol.method("bitfit"))
     assert {s.site.name.split(".")[-2] for s in ol.slots(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     block = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)).eval()

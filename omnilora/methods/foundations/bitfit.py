@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -24,13 +25,13 @@ CARD = Card(
     arxiv="2106.10199",
     venue="ACL 2022",
     tags=frozenset({"zero_at_init", "mergeable", "trains_lm"}),
-    defaults={"create": False},
+    defaults={"create": None},
     cases=({}, {"create": True}),
-    command="omnilora train --model package:smollm2 --method bitfit --set hyper.create=true --data train.jsonl",
     differs=("Biases train as the adapter's own copies: the base stays as it is, and the result is a file to switch.",),
     limits=(
-        "A model without biases (Llama and most of its family) has nothing to train: an error says so. create=True gives every "
-        "linear layer without a bias a new one, zero at the start, which is not in the paper.",
+        "A model without biases (Llama and most of its family) has nothing that the paper would train: every linear layer gets a "
+        "new one, zero at the start, and a warning says so. create=False raises instead, create=True also fills the gaps of a "
+        "model that has some.",
         "A created bias does not merge: the layer has no place to hold it.",
         "The paper's smaller choice, the biases of queries and of the middle of the feed-forward, is unfreeze patterns with "
         "another method, not an option here.",
@@ -39,11 +40,19 @@ CARD = Card(
 )
 
 
-def bitfit(create: bool = False) -> Method:
-    """Every bias of the model as an own copy; ``create``: and a new one for linear layers that have none."""
-    if not create:
+def bitfit(create: bool | None = None) -> Method:
+    """Every bias of the model as an own copy; ``create``: and a new one for linear layers that have none. None: only where
+    no linear layer of the model has one."""
+    if create is False:
         return Method("bitfit", None, targets=Targets(include=(), bias="all"), rate=5.0)
-    return Method("bitfit", Shift(), targets=Targets(bias="all"), arrange=without_bias, rate=5.0)
+    return Method("bitfit", Shift(), targets=Targets(bias="all"), arrange=without_bias if create else where_none_is, rate=5.0)
+
+
+def where_none_is(sites: Sequence[Site], how: Parameterization) -> list[Parameterization | None]:
+    if any(s.store.offset is not None for s in sites):
+        return [None] * len(sites)
+    warnings.warn("No linear layer has a bias: each gets a new one, zero at the start, which does not merge.", stacklevel=2)
+    return [how] * len(sites)
 
 
 def without_bias(sites: Sequence[Site], how: Parameterization) -> list[Parameterization | None]:
