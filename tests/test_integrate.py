@@ -427,6 +427,11 @@ def test_refusals(folder, tmp_path):
         ol.integrate(trl.SFTTrainer)(model, args=None, train_dataset=sft_data())
     with pytest.raises(errors.AttachError, match="without an adapter"):
         ol.integrate(trl.SFTTrainer)(str(folder), train_dataset=sft_data())
+    model, _ = load(folder)
+    own = torch.optim.SGD(ol.param_groups(model, 1e-2))
+    args = transformers.TrainingArguments(str(tmp_path), **QUIET)
+    with pytest.raises(errors.BadValue, match="optimizers="):
+        ol.integrate(transformers.Trainer)(model, args, optimizers=(own, None))
     with pytest.raises(errors.BadValue, match="Trainer"):
         ol.integrate(Rule)
     with pytest.raises(errors.BadValue, match="already"):

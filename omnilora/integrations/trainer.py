@@ -73,6 +73,9 @@ class Integrated:
         share = max((rule.other_share for rule in method.rules), default=0.0)
         with _reference(self, model, kwargs), _trainable(model), recomputed_contexts(model):
             super().__init__(model, *args, **kwargs)
+        if self.optimizer is not None or self.lr_scheduler is not None:
+            raise BadValue("optimizers= is given, which would drop the method's groups and rules.",
+                           "Leave it out; choose with args.optim, or optimizer_cls_and_kwargs=.")  # fmt: skip
         self._refuse(method)
         if share:
             self._set_apart(share)
