@@ -2,7 +2,8 @@
 
 topics: docstring → chapter of the library reference (classification); functions: docstring → signature (retrieval among
 240 candidates). Both are read from the running interpreter's standard library. 60 updates of 8, three seeds, three
-learning rates a method. Goes on where it was interrupted; results go to bench/results/compare-TASK.{json,md,html}.
+learning rates a method. Goes on where it was interrupted; figures go to bench/results/compare-TASK.json, from
+which docs/tables.py makes a page; the report lies in FOLDER/TASK/report.html.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ def run(task: str, folder: Path, workers: int, rounds: int) -> None:
     ends = ["frozen", "full"] if task == "topics" else ["full"]
     compare([*ends, *methods()], config=config, test=test, steps=60, workers=workers, rounds=rounds,
             output=folder / task, metric="accuracy")  # fmt: skip
-    for name, end in (("results.json", "json"), ("report.md", "md"), ("report.html", "html")):
-        shutil.copyfile(folder / task / name, RESULTS / f"compare-{task}.{end}")
+    shutil.copyfile(folder / task / "results.json", RESULTS / f"compare-{task}.json")
 
 
 def main() -> None:
