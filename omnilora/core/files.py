@@ -12,7 +12,8 @@ import os
 import shutil
 import struct
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -279,7 +280,8 @@ def load_file(path: str | os.PathLike[str], quota: int = QUOTA, model: nn.Module
     for _ in range(REREADS):
         before = _identity(folder)
         try:
-            state = _read(folder, quota, model)
+            with _typed(folder.name):
+                state = _read(folder, quota, model)
         except OmniloraError:
             if _identity(folder) == before:
                 raise
@@ -287,6 +289,18 @@ def load_file(path: str | os.PathLike[str], quota: int = QUOTA, model: nn.Module
         if _identity(folder) == before:
             return state
     raise FileRefused(f"{folder} is replaced faster than it can be read.", "Read it when its writer has finished.")
+
+
+@contextmanager
+def _typed(name: str) -> Iterator[None]:
+    """What Python says of values of a wrong kind in a file, as a typed error that names the file."""
+    try:
+        yield
+    except OmniloraError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise FileRefused(f"{name} breaks its format: {type(error).__name__} {text}.", "It is damaged.") from error
 
 
 def _identity(folder: Path) -> tuple[int, int, int] | None:
@@ -403,6 +417,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     from omnilora.io import peft
     from omnilora.io.names import placed
 
-    read = placed(load_file(path, quota, model), model, part)
-    peft.check_facts(model, read)
-    return states.load_state(model, read, name, check_base=check_base)
+    found = load_file(path, quota, model)
+    with _typed(Path(path).name):
+        read = placed(found, model, part)
+        peft.check_facts(model, read)
+        return states.load_state(model, read, name, check_base=check_base)
