@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -118,6 +120,21 @@ def test_the_command_repeats_it(done, tmp_path):
     again = json.loads(result.stdout)
     ours = {x["label"]: x["values"] for x in found.lines}
     assert {x["label"]: x["values"] for x in again["lines"]} == ours
+
+
+def test_a_worker_that_dies_is_replaced(base, tmp_path, monkeypatch):
+    original, calls = runner._Pool._start, []
+
+    def start(self):
+        calls.append(1)
+        if len(calls) > 1:
+            return original(self)
+        return subprocess.Popen([sys.executable, "-c", "pass"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(runner._Pool, "_start", start)
+    config = ol.TrainConfig(model=str(base), task="classification", data=tiny.labelled(60), batch_size=8, dtype="fp32", threads=1)
+    found = ol.compare(["lora r=2", "frozen"], config=config, output=tmp_path / "c", steps=3, seeds=(0,), rates=(1.0,), rounds=0)
+    assert "worker died" in found.line("lora r=2")["errors"][0] and found.line("frozen")["complete"]
 
 
 def test_seconds_as_the_budget(base, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -185,14 +186,17 @@ class _Pool:
         idle = list(self.workers)
 
         def one(trial: Trial) -> Trial:
-            worker = idle.pop()
+            worker, answer = idle.pop(), ""
             path = trial.path(self.folder)
-            try:
-                assert worker.stdin is not None and worker.stdout is not None
+            assert worker.stdin is not None and worker.stdout is not None
+            with contextlib.suppress(OSError):  # it was killed
                 print(json.dumps({"trial": describe(trial), "path": str(path)}), file=worker.stdin, flush=True)
                 answer = worker.stdout.readline()
-            finally:
-                idle.append(worker)
+            if not answer:
+                self.workers.remove(worker)
+                worker = self._start()
+                self.workers.append(worker)
+            idle.append(worker)
             if not path.is_file():
                 code = json.loads(answer)["code"] if answer else "none: the worker died"
                 _crashed(trial, path, code)
