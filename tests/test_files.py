@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_fuzz import bytes_of
 
 import omnilora as ol
 from omnilora import errors
@@ -194,18 +195,7 @@ def test_a_thousand_mutations_give_typed_errors_or_the_same_adapter(saved):
     files = {f: f.read_bytes() for f in path.iterdir()}
     for _ in range(1000):
         f = rng.choice(list(files))
-        raw = bytearray(files[f])
-        kind = rng.randrange(4)
-        at = rng.randrange(len(raw))
-        if kind == 0:
-            raw[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            raw = raw[:at]
-        elif kind == 2:
-            raw[at:at] = rng.randbytes(rng.randrange(1, 20))
-        else:
-            raw[at : at + 8] = rng.randbytes(8)
-        f.write_bytes(bytes(raw))
+        f.write_bytes(bytes_of(files[f], rng))
         with contextlib.suppress(errors.OmniloraError):
             assert ol.load_file(path).content() == want
         f.write_bytes(files[f])

@@ -23,6 +23,7 @@ from omnilora import errors
 from omnilora.core.attach import base_state_dict, hub_of
 from omnilora.core.rule import Rule
 from omnilora.integrations import trainer as trainer_module
+from omnilora.optim.paged import PagedAdamW
 from omnilora.rules.structured_dropout import learned_logits
 
 trl = pytest.importorskip("trl")
@@ -52,7 +53,7 @@ def pairs(count=16):
                                        for i in range(count)])  # fmt: skip
 
 
-HYPER = {"molora": {"balance": 0.01}, "hiddenkey": {"beta": 0.1}}  # what they add is off by default
+HYPER = {"molora": {"balance": 0.01}, "hiddenkey": {"beta": 0.1}, "qlora": {"r": 4, "paged": True}}  # what they add is off by default
 
 
 def sft(folder, out, key="adalora", steps=8, integrate=True, model=None, **options):
@@ -111,19 +112,23 @@ def test_the_added_loss_has_the_gradient_it_should(folder, tmp_path):
         assert torch.allclose(moved[k], want[k], rtol=1e-4, atol=1e-6), k
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_accumulation_counts_the_added_loss_once(folder, tmp_path, accumulate):
+def test_accumulation_counts_the_added_loss_once(folder, tmp_path):
     """Half batches twice give the same update as the whole batch."""
-    trainer = sft(folder, tmp_path / str(accumulate), "adalora", steps=2, optim="sgd", max_grad_norm=0.0,
-                  gradient_accumulation_steps=accumulate, per_device_train_batch_size=8 // accumulate)  # fmt: skip
+    found = []
+    for accumulate in (1, 2):
+        trainer = sft(folder, tmp_path / str(accumulate), "adalora", steps=2, optim="sgd", max_grad_norm=0.0,
+                      gradient_accumulation_steps=accumulate, per_device_train_batch_size=8 // accumulate)  # fmt: skip
+        trainer.train()
+        found.append(weights(trainer.model))
+    whole, halves = found
+    assert len(whole) >= 42 and whole.keys() == halves.keys()
+    assert all(torch.allclose(halves[k], whole[k], rtol=1e-4, atol=1e-6) for k in whole)
+
+
+def test_a_method_s_own_optimizer_is_used(folder, tmp_path):
+    trainer = sft(folder, tmp_path, "qlora", steps=1)
     trainer.train()
-    found = {k: v for k, v in weights(trainer.model).items() if k.endswith(("::P", "::Q", "::A", "::B"))}
-    path = tmp_path.parent / "accumulated.pt"
-    if accumulate == 1:
-        torch.save(found, path)
-    else:
-        first = torch.load(path)
-        assert all(torch.allclose(found[k], first[k], rtol=1e-4, atol=1e-6) for k in found)
+    assert isinstance(getattr(trainer.optimizer, "optimizer", trainer.optimizer), PagedAdamW)
 
 
 def test_rules_groups_become_the_optimizer_s(folder, tmp_path):
@@ -250,11 +255,13 @@ def test_another_adapter_is_the_reference(folder, tmp_path):
                          gradient_checkpointing=False, learning_rate=1e-2, **QUIET)  # fmt: skip
     trainer = ol.integrate(trl.DPOTrainer, adapter="default", reference="start")(
         model, args=args, train_dataset=pairs(), processing_class=tok)  # fmt: skip
-    start = {k: v for k, v in weights(model).items()}
+    learning = {n: t.requires_grad for s in ol.slots(model, "start") for n, t in s.tensors()}
     trainer.train()
     first = next(x for x in trainer.state.log_history if "loss" in x)
     assert first["loss"] == pytest.approx(0.6931, abs=2e-3)
-    assert start
+    kept, trained = (ol.state(model, name).content() for name in ("start", "default"))
+    assert kept == ol.load_file(path).content() != trained
+    assert learning == {n: t.requires_grad for s in ol.slots(model, "start") for n, t in s.tensors()}
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

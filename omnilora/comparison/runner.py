@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import subprocess
 import sys
@@ -12,8 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omnilora.comparison import problem
-from omnilora.comparison.plan import Contestant, Plan, Trial, base_trial, contestant, first_trials, more_trials, timings
+from omnilora.comparison.plan import Plan, Trial, base_trial, contestant, first_trials, more_trials, timings
 from omnilora.comparison.results import Results, gather, value
 from omnilora.errors import BadValue, RunError, need
 from omnilora.training.config import TrainConfig
@@ -148,10 +146,6 @@ def _rows(plan: Plan) -> dict[str, list[dict[str, Any]]]:
             "test": [dict(r.data) for r in test]}  # fmt: skip
 
 
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 # -- trials ------------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +278,3 @@ def choose(plan: Plan, folder: Path, steps: dict[str, int]) -> dict[str, float]:
         if label not in best or score < best[label]:
             best[label], out[label] = score, trial.rate
     return out
-
-
-__all__ = ["Contestant", "compare", "go", "problem"]

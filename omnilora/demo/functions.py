@@ -17,6 +17,7 @@ import sysconfig
 from collections import Counter
 from pathlib import Path
 
+from omnilora.demo.topics import documented
 from omnilora.errors import BadValue, DataError
 
 TEST_SHARE = 4  # every fourth module is for testing
@@ -60,18 +61,9 @@ def modules() -> list[str]:
 
 def pairs(module: str) -> list[Row]:
     """Documented public functions of a module, in the order of its files."""
-    root = Path(sysconfig.get_path("stdlib"))
-    files = [root / f"{module}.py"] if (root / f"{module}.py").is_file() else sorted((root / module).rglob("*.py"))
-    rows = []
-    for file in files:
-        if {"test", "tests"} & set(file.relative_to(root).parts):
-            continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8", errors="replace"))):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
-                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-                if SHORTEST <= len(text.split()) <= LONGEST:
-                    rows.append({"anchor": text, "positive": signature(node)})
-    return rows
+    return [{"anchor": text, "positive": signature(node)} for node, text in documented(module)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_")
+            and SHORTEST <= len(text.split()) <= LONGEST]  # fmt: skip
 
 
 def signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:

@@ -15,6 +15,7 @@ import ast
 import random
 import sysconfig
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from omnilora.errors import BadValue, DataError, need
@@ -91,18 +92,23 @@ def docstrings(module: str) -> set[str]:
 
     Only those of 6 to 60 words; empty if this Python has no such module.
     """
+    return {text for _, text in documented(module) if SHORTEST <= len(text.split()) <= LONGEST}
+
+
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def documented(module: str) -> Iterator[tuple[Documented, str]]:
+    """What can have a docstring in a standard-library module or package, tests left out, with the first paragraph on
+    one line ("" where there is none); in the order of its files."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [root / f"{module}.py"] if (root / f"{module}.py").is_file() else sorted((root / module).rglob("*.py"))
-    texts = set()
     for file in files:
         if {"test", "tests"} & set(file.relative_to(root).parts):
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-                if SHORTEST <= len(text.split()) <= LONGEST:
-                    texts.add(text)
-    return texts
+            if isinstance(node, Documented):
+                yield node, " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
 
 
 def baselines(train: list[Row], test: list[Row]) -> dict[str, float]:

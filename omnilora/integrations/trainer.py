@@ -20,6 +20,8 @@ from omnilora.core.run import Run, _the_adapter, param_groups, wrapped_optimizer
 from omnilora.errors import AttachError, BadValue, RunError, need
 from omnilora.integrations.reference import Reference
 from omnilora.training import checkpoint
+from omnilora.training.batches import two_parts
+from omnilora.training.loop import freeze_others, optimizer_of
 from omnilora.training.recompute import recomputed_contexts
 from omnilora.training.report import refuse_sharding
 
@@ -101,11 +103,10 @@ class Integrated:
             self.run = Run(self.model, self.adapter, target.values["methods"][self.adapter], max(self._steps, 1))
             groups = param_groups(self.model, self.args.learning_rate, self.args.weight_decay, self.adapter)
             kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            options = {k: v for k, v in options.items() if k not in ("params", "model", "optimizer_dict")}
-            own = dict(self.run.method.optimizer)
-            if own.pop("name", None) is not None or own:
-                options |= own
-            self.optimizer = wrapped_optimizer(self.run, groups, lambda p: kind(p, **options))
+            chosen, own = optimizer_of(self.run.method, kind)
+            usual = {k: v for k, v in options.items() if k not in ("params", "model", "optimizer_dict")}
+            given = {**usual, **own} if chosen is kind else own
+            self.optimizer = wrapped_optimizer(self.run, groups, lambda p: chosen(p, **given))
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -126,6 +127,7 @@ class Integrated:
         elif isinstance(resume_from_checkpoint, (str, Path)) and not complete(Path(resume_from_checkpoint)):
             raise RunError(f"{resume_from_checkpoint} is no complete checkpoint.", "Pass True for the newest complete one.")
         self.optimizer = self.lr_scheduler = None
+        thawed = freeze_others(self.model, str(self.adapter))
         try:
             with recomputed_contexts(self.model):
                 result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -134,6 +136,8 @@ class Integrated:
         finally:
             if self.run is not None:
                 self.run.close()
+            for p in thawed:
+                p.requires_grad_(True)
         return result
 
     # -- the loss ----------------------------------------------------------------------------------------------------
@@ -194,12 +198,8 @@ class Integrated:
         data = self.train_dataset
         if not hasattr(data, "__len__"):
             raise BadValue("The method divides the training data, which a stream does not let it.", "Give a data set.")
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
-        count = round(share * len(data))
-        if not 0 < count < len(data):
-            raise BadValue(f"{len(data)} examples cannot be divided {1 - share:g} : {share:g}.", "Give more data.")
         parts = [data.select(rows) if hasattr(data, "select") else torch.utils.data.Subset(data, rows)
-                 for rows in (sorted(order[count:]), sorted(order[:count]))]  # fmt: skip
+                 for rows in two_parts(len(data), share, self.args.seed)]  # fmt: skip
         self.train_dataset, apart = parts
 
         def others(at: int) -> Iterator[Any]:

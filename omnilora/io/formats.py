@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -300,7 +301,14 @@ def unpickled(path: Path, quota: int) -> dict[str, Tensor]:
     if path.stat().st_size > quota:
         raise FileRefused(f"{path.name} has {path.stat().st_size} bytes.", f"The quota is {quota}.")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as packed:
+                unpacked = sum(entry.file_size for entry in packed.infolist())
+            if unpacked > min(quota, 2 * path.stat().st_size):  # torch stores, it does not compress
+                raise FileRefused(f"{path.name} unpacks to {unpacked} bytes.", "It is no file of torch's.")
         data = torch.load(path, map_location="cpu", weights_only=True)
+    except FileRefused:
+        raise
     except Exception as error:  # the reader raises whatever the bytes provoke
         raise FileRefused(f"{path.name} is a pickle that holds more than tensors, or is damaged "
                           f"({type(error).__name__}).", "Convert it to safetensors where you trust it.") from error  # fmt: skip

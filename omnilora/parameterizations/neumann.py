@@ -8,25 +8,19 @@ R is a rotation up to the rest of the series only. With t = 3 PEFT computes what
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from omnilora.core.context import Context
 from omnilora.core.op import Op
-from omnilora.core.parameterization import Parameterization, Slot, Tensors, core, positive_rank, zeros
-from omnilora.core.site import Site
-from omnilora.errors import BadValue, NotExpressible
-from omnilora.parameterizations.orthogonal import Blocks, fitting, rotate, turned
+from omnilora.core.parameterization import Slot, positive_rank
+from omnilora.parameterizations.orthogonal import OFT, Blocks, rotate, skew, turned
 
 
 def series(q: Tensor, k: int, terms: int) -> Tensor:
     """(n, k(k−1)/2) above the diagonal of a skew Q → R (n, k, k)."""
-    rows, columns = torch.triu_indices(k, k, 1, device=q.device)
-    flat = q.new_zeros(*q.shape[:-1], k * k).index_copy(-1, rows * k + columns, q)
-    upper = flat.unflatten(-1, (k, k))
-    Q = upper - upper.mT
+    Q = skew(q, k)
     R = torch.eye(k, dtype=q.dtype, device=q.device).expand_as(Q)
     if terms < 2:
         return R
@@ -38,24 +32,14 @@ def series(q: Tensor, k: int, terms: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class NeumannOFT(Parameterization):
-    """``block``: size of a rotation, or the nearest divisor of the features. ``terms``: of the series."""
+class NeumannOFT(OFT):
+    """OFT with ``terms`` of the series."""
 
-    block: int = 32
     terms: int = 5
 
     def check(self) -> None:
-        positive_rank(self.block, "block")
+        super().check()
         positive_rank(self.terms, "terms")
-        if self.block < 2:
-            raise BadValue(f"block = {self.block!r}.", "A rotation needs two features: give at least 2.")
-
-    def init(self, site: Site, seen: Any = None) -> Tensors:
-        n = turned(site)
-        k = fitting(n, self.block)
-        if not k or site.batch:
-            raise NotExpressible(f"{site.name} has {n} feature(s) to rotate.", "Leave it out of the targets.")
-        return Tensors(q=core(zeros(n // k, k * (k - 1) // 2)))
 
     def adapt(self, W: Op, p: Slot, ctx: Context) -> Op:
         n = turned(p.site)

@@ -46,12 +46,17 @@ class Blocks(Op):
         return Blocks(self.m.mT, self.g)
 
 
-def cayley(q: Tensor, k: int) -> Tensor:
-    """(…, k(k−1)/2) above the diagonal of a skew Q → (I − Q)(I + Q)⁻¹ (…, k, k)."""
+def skew(q: Tensor, k: int) -> Tensor:
+    """(…, k(k−1)/2) above the diagonal → Q (…, k, k), Qᵀ = −Q."""
     rows, columns = torch.triu_indices(k, k, 1, device=q.device)
     flat = q.new_zeros(*q.shape[:-1], k * k).index_copy(-1, rows * k + columns, q)
     upper = flat.unflatten(-1, (k, k))
-    Q, I = upper - upper.mT, torch.eye(k, dtype=q.dtype, device=q.device)
+    return upper - upper.mT
+
+
+def cayley(q: Tensor, k: int) -> Tensor:
+    """(…, k(k−1)/2) above the diagonal of a skew Q → (I − Q)(I + Q)⁻¹ (…, k, k)."""
+    Q, I = skew(q, k), torch.eye(k, dtype=q.dtype, device=q.device)
     return torch.linalg.solve(I + Q, I - Q, left=False)
 
 

@@ -164,6 +164,15 @@ class _Listed(Dataset):
         return self.data[i]
 
 
+def two_parts(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """(rows that updates learn from, rows set apart for rules), by the run's seed. Raises where one would be empty."""
+    apart = round(share * count)
+    if not 0 < apart < count:
+        raise BadValue(f"{count} examples cannot be divided {1 - share:g} : {share:g}.", "Give more data.")
+    rows = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(rows[apart:]), sorted(rows[:apart])
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """Tensors of a batch (mapping, sequence or tensor) on ``device``."""
     if isinstance(batch, Tensor):

@@ -20,7 +20,7 @@ from omnilora.core.method import Method, method, prepare
 from omnilora.core.run import _the_adapter
 from omnilora.core.targets import targets_from
 from omnilora.errors import AttachError, BadValue, need
-from omnilora.training.batches import Collate, Feed, pack, to_device
+from omnilora.training.batches import Collate, Feed, pack, to_device, two_parts
 from omnilora.training.config import TrainConfig
 from omnilora.training.data import Row, hold_out, label_set, read_rows
 from omnilora.training.encode import encode, room, set_template
@@ -161,11 +161,8 @@ def _set_apart(data: Any, share: float, config: TrainConfig) -> tuple[Any, Any]:
     """The training data in two parts by the run's seed: what updates learn from, and what rules ask for."""
     if isinstance(data, DataLoader) or not hasattr(data, "__len__"):
         raise BadValue("This method divides the training data, which a DataLoader does not let it.", "Pass the data set.")
-    count = round(share * len(data))
-    if not 0 < count < len(data):
-        raise BadValue(f"{len(data)} examples cannot be divided {1 - share:g} : {share:g}.", "Give more data.")
-    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    return Subset(data, sorted(rows[count:])), Subset(data, sorted(rows[:count]))
+    learned, apart = two_parts(len(data), share, config.seed)
+    return Subset(data, learned), Subset(data, apart)
 
 
 # -- a whole run -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from omnilora.core.attach import hub_of, slots
+from omnilora.core.method import Method
 from omnilora.core.run import Run, _the_adapter, param_groups, start, trainable, wrapped_optimizer
 from omnilora.errors import BadValue, FileRefused, RunError, UnknownName, nearest, need
 from omnilora.optim.paged import PagedAdamW
@@ -35,6 +36,25 @@ def learning_rate(model: nn.Module, config: TrainConfig, factor: float = 1.0) ->
     if config.lr is not None:
         return config.lr
     return factor * (1e-3 if sum(p.numel() for p in model.parameters()) < SMALL else 2e-4)
+
+
+def optimizer_of(method: Method, usual: Any) -> tuple[Any, dict[str, Any]]:
+    """(class, arguments) of a method's own optimizer, else of the ``usual`` one with what the method sets."""
+    options = dict(method.optimizer)
+    name = options.pop("name", None)
+    if name is not None and name not in OPTIMIZERS:
+        raise UnknownName(f"No optimizer {name!r}.", nearest(name, OPTIMIZERS))
+    return usual if name is None else OPTIMIZERS[name], options
+
+
+def freeze_others(model: nn.Module, adapter: str) -> list[nn.Parameter]:
+    """Tensors of other adapters stop learning; returns them, to be let go again."""
+    mine = {id(p) for p in trainable(model, adapter)}
+    others = {id(t): t for s in slots(model) if s.adapter != adapter for _, t in s.tensors()
+              if t.requires_grad and id(t) not in mine}  # fmt: skip
+    for p in others.values():
+        p.requires_grad_(False)
+    return list(others.values())
 
 
 class Loop:
@@ -66,7 +86,7 @@ class Loop:
     def go(self) -> FitReport:
         """Train to the end, or to ``stop_at``."""
         began = time.monotonic()
-        thawed = self._freeze_others()
+        thawed = freeze_others(self.model, self.adapter)
         was_training = self.model.training
         self._recompute(True)
         run = start(self.model, None, total_steps=self.total, adapter=self.adapter)
@@ -100,14 +120,6 @@ class Loop:
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
-    def _freeze_others(self) -> list[nn.Parameter]:
-        mine = {id(p) for p in trainable(self.model, self.adapter)}
-        others = {id(t): t for s in slots(self.model) if s.adapter != self.adapter for _, t in s.tensors()
-                  if t.requires_grad and id(t) not in mine}  # fmt: skip
-        for p in others.values():
-            p.requires_grad_(False)
-        return list(others.values())
-
     def _recompute(self, on: bool) -> None:
         if self.config.gradient_checkpointing:
             gradient_checkpointing(self.model, on)
@@ -115,11 +127,8 @@ class Loop:
     def _wire(self, run: Run) -> None:
         config = self.config
         groups = param_groups(self.model, self.lr, config.weight_decay, self.adapter)
-        options = dict(run.method.optimizer)
-        name = str(options.pop("name", None) or config.optimizer).lower()
-        if name not in OPTIMIZERS:
-            raise UnknownName(f"No optimizer {name!r}.", nearest(name, OPTIMIZERS))
-        optimizer = wrapped_optimizer(run, groups, lambda p: OPTIMIZERS[name](p, **options))
+        kind, options = optimizer_of(run.method, OPTIMIZERS[config.optimizer])
+        optimizer = wrapped_optimizer(run, groups, lambda p: kind(p, **options))
         transformers = need("transformers", "train")
         warmup = config.warmup if config.warmup >= 1 else int(config.warmup * self.total)
         run.scheduler = transformers.get_scheduler(
