@@ -16,7 +16,9 @@ from omnilora import errors
 from omnilora.cli.main import app
 from omnilora.comparison import Plan, contestant, report, runner, statistics
 from omnilora.comparison.charts import front
+from omnilora.comparison.plan import first_trials
 from omnilora.comparison.problem import reference
+from omnilora.comparison.trial import write_json
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,16 @@ def test_the_rate_is_chosen_by_validation(done):
             scores = dict(line["rates"])
             assert scores[line["rate"]] == max(scores.values())
             assert set(line["values"]) == {"0", "1"}
+
+
+def test_the_test_rows_choose_nothing(tmp_path):
+    """Planted trials: one rate is best on validation, another on the test rows."""
+    plan = Plan(("lora",), ol.TrainConfig(task="classification"), rates=(1.0, 3.0), seeds=(0,), steps=5)
+    for rate, validation, test in ((1.0, 0.9, 0.1), (3.0, 0.2, 0.8)):
+        scores = [{"accuracy": {"sum": [x], "weight": [1.0]}} for x in (validation, test)]
+        trial = next(t for t in first_trials(plan, {"lora": 5}) if t.rate == rate)
+        write_json(trial.path(tmp_path), {"ok": True, "validation": scores[0], "test": scores[1]})
+    assert runner.choose(plan, tmp_path, {"lora": 5}) == {"lora": 1.0}
 
 
 def test_the_metric_is_that_of_the_test_rows(done):

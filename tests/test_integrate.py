@@ -113,16 +113,18 @@ def test_the_added_loss_has_the_gradient_it_should(folder, tmp_path):
 
 
 def test_accumulation_counts_the_added_loss_once(folder, tmp_path):
-    """Half batches twice give the same update as the whole batch."""
+    """Half batches twice move every tensor as the whole batch does. At the first update P and Q move by the added loss
+    alone, for λ is 0."""
     found = []
     for accumulate in (1, 2):
-        trainer = sft(folder, tmp_path / str(accumulate), "adalora", steps=2, optim="sgd", max_grad_norm=0.0,
+        trainer = sft(folder, tmp_path / str(accumulate), "adalora", steps=1, optim="sgd", max_grad_norm=0.0, learning_rate=1.0,
                       gradient_accumulation_steps=accumulate, per_device_train_batch_size=8 // accumulate)  # fmt: skip
+        start = weights(trainer.model)
         trainer.train()
-        found.append(weights(trainer.model))
+        found.append({k: t - start[k] for k, t in weights(trainer.model).items()})
     whole, halves = found
-    assert len(whole) >= 42 and whole.keys() == halves.keys()
-    assert all(torch.allclose(halves[k], whole[k], rtol=1e-4, atol=1e-6) for k in whole)
+    assert sum(float(t.norm()) > 1e-5 for t in whole.values()) >= 28
+    assert all(float((halves[k] - t).norm()) <= 1e-2 * float(t.norm()) + 1e-7 for k, t in whole.items())
 
 
 def test_a_method_s_own_optimizer_is_used(folder, tmp_path):
