@@ -1,0 +1,114 @@
+"""Small C++ kernels for processors, built once at first use and kept in the user's cache; everything runs without them, slower.
+
+The library is plain C functions over pointers, loaded by ctypes: no headers of torch, a few seconds to compile. It shares the
+OpenMP runtime that torch has loaded. ``OMNILORA_NATIVE=0`` turns it off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-std=c++17", "-fPIC", "-shared")
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class Unavailable(Exception):
+    """Why there are no native kernels."""
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "omnilora"
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _build() -> Path:
+    if os.environ.get("OMNILORA_NATIVE", "1") == "0":
+        raise Unavailable("OMNILORA_NATIVE=0")
+    if not sys.platform.startswith("linux"):
+        raise Unavailable(f"not built on {sys.platform}")
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise Unavailable("no C++ compiler")
+    key = hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, compiler, _processor(), torch.__version__)).encode()).hexdigest()
+    path = cache_folder() / f"kernels-{key[:16]}.so"
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / "kernels.so"
+            done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=300)
+            if done.returncode != 0:
+                raise Unavailable(f"{compiler} failed: {done.stderr.strip()[-400:]}")
+            os.replace(made, path)  # another process may have been faster: both files are the same
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Unavailable(f"{type(error).__name__}: {error}") from error
+    return path
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    try:
+        return ctypes.CDLL(str(_build())), ""
+    except Unavailable as error:
+        return None, str(error)
+    except OSError as error:
+        return None, f"the library does not load: {error}"
+
+
+def library() -> ctypes.CDLL | None:
+    """The kernels, or None where they cannot be had; :func:`reason` says why."""
+    return _load()[0]
+
+
+def reason() -> str:
+    return _load()[1]
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors: on the CPU, contiguous, all fp32 or all bf16."""
+    first = tensors[0].dtype
+    if first not in DTYPES or library() is None:
+        return False
+    return all(t.device.type == "cpu" and t.dtype == first and t.is_contiguous() for t in tensors)
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
+    """Run ``name_f32`` or ``name_bf16``. Tensors go as pointers (None: null), integers as 64 bits, floats as 32."""
+    function = _function(f"{name}_{DTYPES[dtype]}")
+    function(*[_argument(a) for a in arguments])
+
+
+@lru_cache(maxsize=64)
+def _function(name: str) -> ctypes._NamedFuncPointer:
+    found = getattr(library(), name)
+    found.restype = None
+    return found  # type: ignore[no-any-return]
+
+
+def _argument(value: Tensor | int | float | None) -> ctypes._SimpleCData[object]:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())  # type: ignore[return-value]
+    if value is None:
+        return ctypes.c_void_p(None)  # type: ignore[return-value]
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)  # type: ignore[return-value]
