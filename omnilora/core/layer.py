@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from omnilora.core.context import ActiveSet, Context, Hub, RowGroups
-from omnilora.core.op import Matrix, Op, Rows, Splice, weigh
+from omnilora.core.op import Geometry, Matrix, Op, Rows, Splice, weigh
 from omnilora.core.parameterization import Slot, is_additive
 from omnilora.core.site import Base, Site
 from omnilora.errors import AttachError, ContextError, NotExpressible
 
 _made: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
 _making = threading.Lock()
+executor: Callable[[Op, Tensor, Geometry], Tensor] | None = None  # applies an adapted map; None: by its tree
 
 
 def path_name(name: str) -> str:
@@ -193,7 +194,8 @@ def _run_called(pairs: list[tuple[Slot, Any]], ctx: Context, layer: Any, forward
     site = pairs[0][0].site
     x, args, kwargs = _input(site, args, kwargs)
     base = Base(site, layer, forward, args, kwargs)
-    y = site.native(build(base, pairs, ctx).apply(x, site.geometry))
+    op = build(base, pairs, ctx)
+    y = site.native(op.apply(x, site.geometry) if executor is None else executor(op, x, site.geometry))
     return (y, *base.rest) if base.rest else y
 
 

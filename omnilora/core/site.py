@@ -8,6 +8,7 @@ layer the tensor is replaced by the adapted one.
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -173,6 +174,7 @@ class Site:
     peers: tuple[Site, ...] = field(default=(), repr=False)
     how: Parameterization | None = field(default=None, repr=False)  # the form that is planned for it
     host: nn.Module | None = field(default=None, repr=False)  # the layer whose forward reads the tensor, if not ``layer``
+    norms: tuple[Any, Any, Tensor] | None = field(default=None, repr=False)  # squared row norms, and of what
 
     @property
     def key(self) -> str:
@@ -198,11 +200,36 @@ class Site:
             raise NotExpressible(f"{self.name} is a whole block: it has no weight matrix.")
         return self.layout.matrix(self.store.read())
 
+    def squares(self) -> Tensor:
+        """Squared row norms of the weight, (…, out), in fp32 or wider; of a constant one they are kept while it is untouched."""
+        held = list(self.store.tensors().values())
+        if torch.compiler.is_compiling() or any(_changes(t) for t in held):
+            return _squares(self.read())
+        now = [(t.data_ptr(), t._version) for t in held]
+        same = self.norms is not None and self.norms[1] == now and all(r() is t for r, t in zip(self.norms[0], held, strict=True))
+        if self.norms is None or not same:
+            with torch.no_grad():
+                self.norms = [weakref.ref(t) for t in held], now, _squares(self.read())
+        return self.norms[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"norms": None}
+
     def features(self, y: Tensor) -> Tensor:
         return self.geometry.features(y) if isinstance(self.geometry, ConvGeometry) else y
 
     def native(self, y: Tensor) -> Tensor:
         return self.geometry.native(y) if isinstance(self.geometry, ConvGeometry) else y
+
+
+def _squares(m: Tensor) -> Tensor:
+    return (m if m.dtype == torch.float64 else m.float()).square().sum(-1)
+
+
+def _changes(t: Tensor) -> bool:
+    """Whether t is no plain constant: it learns, has no storage or version of its own, or a transform looks at it."""
+    return (t.requires_grad or type(t) not in (Tensor, nn.Parameter) or t.is_meta or t.is_inference()
+            or torch._C._functorch.peek_interpreter_stack() is not None)  # fmt: skip
 
 
 def _rows(op: Op, region: tuple[int, int]) -> Op:
@@ -247,6 +274,9 @@ class Base(Op):
     def matrix(self, geo: Geometry) -> Tensor:
         return self.site.read()
 
+    def squares(self, geo: Geometry) -> Tensor:
+        return self.site.squares()
+
     @property
     def offset(self) -> Tensor | None:
         return self.site.store.offset if self.site.called and self.site.param == "weight" else None
@@ -286,6 +316,9 @@ class BaseLinear(Op):
 
     def matrix(self, geo: Geometry) -> Tensor:
         return self.base.matrix(geo)
+
+    def squares(self, geo: Geometry) -> Tensor:
+        return self.base.squares(geo)
 
 
 def replaced(base: Op, m: Tensor) -> Op:

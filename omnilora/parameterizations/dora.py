@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from omnilora.core.context import Context
 from omnilora.core.op import Op, chain
@@ -29,5 +32,6 @@ class DoRA(Wrapper):
 
     def adapt(self, W: Op, p: Slot, ctx: Context) -> Op:
         V = self.inner.adapt(W, p.inner, ctx)
-        n = V.sq_norm().clamp_min(1e-24).sqrt()
-        return chain(p.m / (n.detach() if self.detach_norm else n), V.linear).shift(W.offset)
+        with torch.no_grad() if self.detach_norm else nullcontext():
+            n = V.sq_norm().clamp_min(1e-24).sqrt()
+        return chain(p.m / n, V.linear).shift(W.offset)

@@ -1,0 +1,154 @@
+"""The elementwise parts of fused passes: native where the library can be built, in PyTorch with the same numbers elsewhere.
+
+Two-dimensional tensors (tokens, features), contiguous. None of them is differentiable by itself: nodes call them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omnilora.plans.native import call, serves
+
+
+def wide(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def rms_forward(x: Tensor, w: Tensor, eps: float, shift: float = 0.0, between: bool = True) -> tuple[Tensor, Tensor]:
+    """(w + shift) ⊙ x / √(mean x² + eps) and 1/√… (tokens,). ``between``: x / √… is rounded before w meets it (Llama)."""
+    if serves(x, w):
+        y, rstd = torch.empty_like(x), torch.empty(x.shape[0], device=x.device)
+        call("rms_forward", x.dtype, x, w, y, rstd, *x.shape, eps, shift, int(between))
+        return y, rstd
+    xw = wide(x)
+    rstd = torch.rsqrt(xw.square().mean(-1) + eps)
+    return normalized(x, w, rstd, shift, between), rstd
+
+
+def normalized(x: Tensor, w: Tensor, rstd: Tensor, shift: float = 0.0, between: bool = True) -> Tensor:
+    y = wide(x) * rstd.unsqueeze(-1)
+    if between:
+        return w * y.to(x.dtype) if shift == 0.0 else (wide(w) + shift).to(x.dtype) * y.to(x.dtype)
+    return (y * (wide(w) + shift)).to(x.dtype)
+
+
+def rms_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor, add: Tensor | None = None, shift: float = 0.0) -> Tensor:
+    """dx = rstd (v − x̂ mean(v ⊙ x̂)) + add with v = (w + shift) ⊙ dy and x̂ = x · rstd."""
+    if serves(dy, x, w) and (add is None or serves(add, x)):
+        dx = torch.empty_like(x)
+        call("rms_backward", x.dtype, dy, x, w, rstd, add, dx, *x.shape, shift)
+        return dx
+    r = rstd.unsqueeze(-1)
+    v, xh = wide(dy) * (wide(w) + shift), wide(x) * r
+    dx = r * (v - xh * (v * xh).mean(-1, keepdim=True))
+    return (dx if add is None else dx + wide(add)).to(x.dtype)
+
+
+def swiglu(g: Tensor, u: Tensor) -> Tensor:
+    """silu(g) ⊙ u."""
+    if serves(g, u):
+        p = torch.empty_like(g)
+        call("swiglu_forward", g.dtype, g, u, p, g.numel())
+        return p
+    return F.silu(g) * u
+
+
+def swiglu_backward(dp: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(dg, du, p) from dp."""
+    if serves(dp, g, u):
+        dg, du, p = torch.empty_like(g), torch.empty_like(g), torch.empty_like(g)
+        call("swiglu_backward", g.dtype, dp, g, u, dg, du, p, g.numel())
+        return dg, du, p
+    s = torch.sigmoid(wide(g))
+    silu = wide(g) * s
+    dg = wide(dp) * wide(u) * (s * (1 + wide(g) * (1 - s)))
+    return dg.to(g.dtype), (wide(dp) * silu).to(g.dtype), silu.to(g.dtype) * u
+
+
+def rope_(y: Tensor, cosine: Tensor, sine: Tensor, back: bool = False) -> Tensor:
+    """Rotate y (tokens, heads · d) in place by cosine, sine (period, d), tokens numbered modulo the period."""
+    period, d = cosine.shape
+    heads = y.shape[1] // d
+    if serves(y, cosine, sine):
+        call("rope", y.dtype, y, cosine, sine, y.shape[0], period, heads, d, int(back))
+        return y
+    parts = y.view(-1, period, heads, d)
+    c, s = cosine.unsqueeze(1), sine.unsqueeze(1)
+    low, high = parts.chunk(2, -1)
+    if back:
+        turned = parts * s
+        moved = torch.cat((turned[..., d // 2 :], -turned[..., : d // 2]), -1)
+    else:
+        moved = torch.cat((-high, low), -1) * s
+    parts.copy_(parts * c + moved)
+    return y
+
+
+# -- dropout that is made again from its seed -----------------------------------------------------------------------------
+
+Seed = tuple[int, int]
+
+
+def draw_seed() -> Seed:
+    """Two words of torch's own CPU generator, so that ``torch.manual_seed`` and checkpoints of its state repeat the masks."""
+    a, b = torch.randint(0, 2**32, (2,)).tolist()
+    return a, b
+
+
+def _limit(p: float) -> int:
+    return min(round(p * 2**32), 2**32 - 1)
+
+
+def kept(shape: torch.Size, seed: Seed, p: float, device: torch.device) -> Tensor:
+    """Which entries stay: True with probability 1 − p, a hash of the position and the seed."""
+    i = torch.arange(shape.numel(), device=device) & 0xFFFFFFFF
+
+    def times(h: Tensor, k: int) -> Tensor:
+        return (h * k) & 0xFFFFFFFF  # products wrap at 64 bits, the low 32 are right
+
+    h = times(i, 0x9E3779B1) ^ seed[0]
+    h = times(h ^ (h >> 16), 0x7FEB352D)
+    h = times((h ^ (h >> 15)) + seed[1], 0x846CA68B)
+    h = times(h ^ (h >> 16), 0xC2B2AE35)
+    return ((h ^ (h >> 15)) >= _limit(p)).view(shape)
+
+
+def drop(x: Tensor, seed: Seed, p: float) -> Tensor:
+    """x / (1 − p) where it stays, 0 elsewhere."""
+    scale = 1 / (1 - p)
+    if serves(x):
+        y = torch.empty_like(x)
+        call("drop", x.dtype, x, y, x.numel(), *seed, _limit(p), scale)
+        return y
+    return torch.where(kept(x.shape, seed, p, x.device), x * scale, 0.0)
+
+
+def drop_add_(to: Tensor, v: Tensor, seed: Seed, p: float) -> Tensor:
+    """to += v / (1 − p) where it stays."""
+    scale = 1 / (1 - p)
+    if serves(to, v):
+        call("drop_add", to.dtype, v, to, to.numel(), *seed, _limit(p), scale)
+        return to
+    return to.add_(torch.where(kept(v.shape, seed, p, v.device), v * scale, 0.0))
+
+
+# -- magnitudes --------------------------------------------------------------------------------------------------------------
+
+
+def magnify_(y: Tensor, c: Tensor) -> Tensor:
+    """y = c ⊙ y in place; c (out,) in fp32 or wider."""
+    if serves(y) and c.dtype == torch.float32:
+        call("scale_columns", y.dtype, y, c, y, *y.shape)
+        return y
+    return y.mul_(c.to(y.dtype))
+
+
+def magnify_backward(g: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """(c ⊙ g, Σ over tokens of g ⊙ y), the sum in fp32 or wider."""
+    if serves(g, y) and c.dtype == torch.float32:
+        gz, total = torch.empty_like(g), torch.empty(g.shape[1])
+        call("scale_backward", g.dtype, g, y, c, gz, total, *g.shape)
+        return gz, total
+    return g * c.to(g.dtype), (wide(g) * wide(y)).sum(0)

@@ -1,0 +1,122 @@
+"""How an adapted map is applied: by one fused node where its tree lowers to the normal form, else by the tree itself.
+
+Importing this module puts :func:`execute` in the core's place. Compiled code, function transforms, forward-mode derivatives,
+autocast and tensors that are not plain run the tree; ``OMNILORA_PLANS=0`` and :func:`off` make everything run it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from omnilora.core import layer
+from omnilora.core.op import Geometry, Op, like
+from omnilora.core.site import Base
+from omnilora.plans.elementwise import draw_seed
+from omnilora.plans.node import Dropped, products
+from omnilora.plans.normal import Low, Normal, lower
+from omnilora.plans.product import Drop, Line
+
+_off = os.environ.get("OMNILORA_PLANS", "1") == "0"
+
+
+@contextmanager
+def off() -> Iterator[None]:
+    """Every adapted map is applied by its tree inside."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
+
+
+def plain(x: Tensor) -> bool:
+    """Whether fused code may run on x: a plain floating tensor, no transform, no tracing, no autocast."""
+    return not (
+        _off
+        or torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or not x.is_floating_point()
+        or x.numel() == 0
+        or x.is_meta
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def execute(op: Op, x: Tensor, geo: Geometry) -> Tensor:
+    """op(x), by the fused node where there is one."""
+    if not geo.plain or not plain(x):
+        return op.apply(x, geo)
+    normal = lower(op)
+    if normal is None or not normal.low and normal.c is None or normal.base is None:
+        return op.apply(x, geo)
+    p = normal.low[0].p if normal.low else 0.0
+    if any(k.p != p for k in normal.low):
+        return op.apply(x, geo)
+    flat = x.reshape(-1, x.shape[-1])
+    dropped = Drop(p, draw_seed()) if p > 0.0 else Drop()
+    line = line_of(normal, x, flat, geo, dropped)
+    if line is None:
+        return op.apply(x, geo)
+    (y,) = products(flat, (line,), dropped)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def line_of(normal: Normal, x: Tensor, flat: Tensor, geo: Geometry, dropped: Drop) -> Line | None:
+    """The normal form of a map that reads x (…, in), as one line of a fused pass over ``flat`` (tokens, in)."""
+    weight, bias = constants_of(normal.base, x)  # type: ignore[arg-type]
+    y0 = None
+    if weight is None:
+        y0 = normal.base.apply(x, geo)  # type: ignore[union-attr]
+        if type(y0) is not Tensor or y0.dtype != x.dtype or y0.shape[:-1] != x.shape[:-1]:
+            return None
+        y0 = y0.reshape(-1, y0.shape[-1])
+    if not normal.low:
+        return Line(weight, bias, y0=y0, c=normal.c, b=normal.b)
+    s, a, b, d = joined(normal.low, x)
+    h = None
+    if torch.is_grad_enabled() and not a.requires_grad:  # x need not be kept for A's sake: h comes from outside
+        h, a = torch.nn.functional.linear(Dropped.apply(flat, dropped) if dropped else flat, like(a, x)), None  # type: ignore[assignment]
+    return Line(weight, bias, s, y0, h, a, b, d, normal.c, normal.b)
+
+
+def constants_of(base: Op, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(W, bias) where the base is x Wᵀ + bias of constants in x's dtype."""
+    whole = base if isinstance(base, Base) else getattr(base, "base", None)
+    weight = whole.plain_weight if isinstance(whole, Base) else None
+    if weight is None or weight.dtype != x.dtype or type(weight) not in (Tensor, torch.nn.Parameter):
+        return None, None
+    return weight, base.offset
+
+
+def joined(low: tuple[Low, ...], x: Tensor) -> tuple[float, Tensor, Tensor, Tensor | None]:
+    """Several terms as one: (s, A, B, D) with ranks side by side."""
+    if len(low) == 1:
+        return low[0].s, low[0].A, low[0].B, diagonal(low[0], x)
+    ds = [diagonal(k, x) for k in low]
+    a, b = torch.cat([k.A for k in low]), torch.cat([k.B * k.s for k in low], 1)
+    if all(d is None for d in ds):
+        return 1.0, a, b, None
+    shape = next((d.shape[:-1] for d in ds if d is not None and d.dim() > 1), ())
+    full = [(torch.ones(k.rank, dtype=x.dtype, device=x.device) if d is None else d).expand(*shape, k.rank) for k, d in zip(low, ds)]
+    return 1.0, a, b, torch.cat(full, -1)
+
+
+def diagonal(low: Low, x: Tensor) -> Tensor | None:
+    """D (r,), or (tokens, r) where gates depend on x."""
+    d = low.D
+    for f in low.gates:
+        g = f(x)
+        g = like(g, x).expand(*x.shape[:-1], low.rank).reshape(-1, low.rank)
+        d = g if d is None else d * g
+    return d
+
+
+layer.executor = execute

@@ -1,0 +1,266 @@
+// Elementwise parts of fused passes: RMS norm, gated activation, rotation, dropout, magnitudes. One pass over memory each.
+// Plain C functions over contiguous arrays, in fp32 and bf16 (sums and arithmetic in fp32). Sizes are 64-bit.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float load(float x) { return x; }
+inline float load(bf16 x) {
+    uint32_t wide = uint32_t(x.bits) << 16;
+    float out;
+    std::memcpy(&out, &wide, 4);
+    return out;
+}
+
+inline void store(float& to, float x) { to = x; }
+inline void store(bf16& to, float x) {  // to the nearest, ties to even; a NaN stays one
+    uint32_t wide;
+    std::memcpy(&wide, &x, 4);
+    uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
+    to.bits = uint16_t((wide & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+template <class T>
+inline float rounded(float x) {
+    T held;
+    store(held, x);
+    return load(held);
+}
+
+// y = w ⊙ x / √(mean x² + eps); `between`: x / √… is rounded before w meets it; `shift` is added to w.
+template <class T>
+void rms_forward(const T* x, const T* w, T* y, float* rstd, int64_t rows, int64_t d, float eps, float shift, int64_t between) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < rows; ++t) {
+        const T* xt = x + t * d;
+        T* yt = y + t * d;
+        float sum = 0.f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < d; ++i) sum += load(xt[i]) * load(xt[i]);
+        float r = 1.f / std::sqrt(sum / float(d) + eps);
+        rstd[t] = r;
+        if (between) {
+#pragma omp simd
+            for (int64_t i = 0; i < d; ++i) store(yt[i], (load(w[i]) + shift) * rounded<T>(load(xt[i]) * r));
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < d; ++i) store(yt[i], (load(w[i]) + shift) * (load(xt[i]) * r));
+        }
+    }
+}
+
+// dx = rstd (v − x̂ mean(v ⊙ x̂)) + add,  v = w ⊙ dy,  x̂ = x rstd
+template <class T>
+void rms_backward(const T* dy, const T* x, const T* w, const float* rstd, const T* add, T* dx, int64_t rows, int64_t d, float shift) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < rows; ++t) {
+        const T *g = dy + t * d, *xt = x + t * d;
+        T* out = dx + t * d;
+        float r = rstd[t], dot = 0.f;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t i = 0; i < d; ++i) dot += load(g[i]) * (load(w[i]) + shift) * load(xt[i]);
+        float k = dot * r * r / float(d);
+        if (add) {
+            const T* a = add + t * d;
+#pragma omp simd
+            for (int64_t i = 0; i < d; ++i) store(out[i], r * (load(g[i]) * (load(w[i]) + shift) - load(xt[i]) * k) + load(a[i]));
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < d; ++i) store(out[i], r * (load(g[i]) * (load(w[i]) + shift) - load(xt[i]) * k));
+        }
+    }
+}
+
+// eˣ = 2ⁿ e^f, |f| ≤ ln 2 / 2, by a polynomial: vectorized everywhere, within 2 units of the last place
+inline float exponential(float x) {
+    x = x < -87.f ? -87.f : (x > 88.f ? 88.f : x);
+    float n = std::nearbyint(x * 1.44269504f);
+    float f = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, x));
+    float p = 1.9875691500e-4f;
+    p = std::fma(p, f, 1.3981999507e-3f);
+    p = std::fma(p, f, 8.3334519073e-3f);
+    p = std::fma(p, f, 4.1665795894e-2f);
+    p = std::fma(p, f, 1.6666665459e-1f);
+    p = std::fma(p, f, 5.0000001201e-1f);
+    p = std::fma(p, f * f, f + 1.f);
+    uint32_t power = uint32_t(int32_t(n) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &power, 4);
+    return p * scale;
+}
+
+inline float sigmoid(float x) { return 1.f / (1.f + exponential(-x)); }
+
+constexpr int64_t CHUNK = 2048;
+
+// p = silu(g) ⊙ u
+template <class T>
+void swiglu_forward(const T* g, const T* u, T* p, int64_t n) {
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < n; c += CHUNK) {
+        int64_t end = c + CHUNK < n ? c + CHUNK : n;
+#pragma omp simd
+        for (int64_t i = c; i < end; ++i) {
+            float a = load(g[i]);
+            store(p[i], rounded<T>(a * sigmoid(a)) * load(u[i]));
+        }
+    }
+}
+
+// dg, du and p again, from dp
+template <class T>
+void swiglu_backward(const T* dp, const T* g, const T* u, T* dg, T* du, T* p, int64_t n) {
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < n; c += CHUNK) {
+        int64_t end = c + CHUNK < n ? c + CHUNK : n;
+#pragma omp simd
+        for (int64_t i = c; i < end; ++i) {
+            float a = load(g[i]), b = load(u[i]), go = load(dp[i]), s = sigmoid(a), silu = a * s;
+            store(dg[i], go * b * (s * (1.f + a * (1.f - s))));
+            store(du[i], go * silu);
+            store(p[i], rounded<T>(silu) * b);
+        }
+    }
+}
+
+// In place, y (rows, heads, d): (y₁, y₂) → (y₁ cos₁ − y₂ sin₁, y₂ cos₂ + y₁ sin₂); `back`: the transposed map.
+template <class T>
+void rope(T* y, const T* cosine, const T* sine, int64_t rows, int64_t period, int64_t heads, int64_t d, int64_t back) {
+    int64_t half = d / 2;
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < rows; ++t) {
+        const T *c = cosine + (t % period) * d, *s = sine + (t % period) * d;
+        for (int64_t h = 0; h < heads; ++h) {
+            T *low = y + (t * heads + h) * d, *high = low + half;
+            if (back) {
+#pragma omp simd
+                for (int64_t i = 0; i < half; ++i) {
+                    float a = load(low[i]), b = load(high[i]);
+                    store(low[i], a * load(c[i]) + b * load(s[half + i]));
+                    store(high[i], b * load(c[half + i]) - a * load(s[i]));
+                }
+            } else {
+#pragma omp simd
+                for (int64_t i = 0; i < half; ++i) {
+                    float a = load(low[i]), b = load(high[i]);
+                    store(low[i], a * load(c[i]) - b * load(s[i]));
+                    store(high[i], b * load(c[half + i]) + a * load(s[half + i]));
+                }
+            }
+        }
+    }
+}
+
+// 32 bits for position i: multiply, xor and shift, three rounds, two words of seed
+inline uint32_t mixed(uint32_t i, uint32_t s0, uint32_t s1) {
+    uint32_t h = i * 0x9e3779b1u ^ s0;
+    h ^= h >> 16;
+    h *= 0x7feb352du;
+    h ^= h >> 15;
+    h = (h + s1) * 0x846ca68bu;
+    h ^= h >> 16;
+    h *= 0xc2b2ae35u;
+    return h ^ (h >> 15);
+}
+
+// y = x · scale where the hash is at least `limit`, 0 elsewhere
+template <class T>
+void drop(const T* x, T* y, int64_t n, int64_t s0, int64_t s1, int64_t limit, float scale) {
+    uint32_t a = uint32_t(s0), b = uint32_t(s1), low = uint32_t(limit);
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < n; c += CHUNK) {
+        int64_t end = c + CHUNK < n ? c + CHUNK : n;
+#pragma omp simd
+        for (int64_t i = c; i < end; ++i) store(y[i], mixed(uint32_t(i), a, b) >= low ? load(x[i]) * scale : 0.f);
+    }
+}
+
+// to += the same of v
+template <class T>
+void drop_add(const T* v, T* to, int64_t n, int64_t s0, int64_t s1, int64_t limit, float scale) {
+    uint32_t a = uint32_t(s0), b = uint32_t(s1), low = uint32_t(limit);
+#pragma omp parallel for schedule(static)
+    for (int64_t c = 0; c < n; c += CHUNK) {
+        int64_t end = c + CHUNK < n ? c + CHUNK : n;
+#pragma omp simd
+        for (int64_t i = c; i < end; ++i)
+            store(to[i], load(to[i]) + (mixed(uint32_t(i), a, b) >= low ? load(v[i]) * scale : 0.f));
+    }
+}
+
+// y (rows, d) = c ⊙ z; the two may be one array
+template <class T>
+void scale_columns(const T* z, const float* c, T* y, int64_t rows, int64_t d) {
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < rows; ++t) {
+        const T* zt = z + t * d;
+        T* yt = y + t * d;
+#pragma omp simd
+        for (int64_t i = 0; i < d; ++i) store(yt[i], c[i] * load(zt[i]));
+    }
+}
+
+// gz = c ⊙ g;  sum[i] = Σ_t g ⊙ y
+template <class T>
+void scale_backward(const T* g, const T* y, const float* c, T* gz, float* sum, int64_t rows, int64_t d) {
+    constexpr int64_t WIDTH = 128;
+#pragma omp parallel for schedule(static)
+    for (int64_t start = 0; start < d; start += WIDTH) {
+        int64_t width = start + WIDTH < d ? WIDTH : d - start;
+        float held[WIDTH] = {};
+        for (int64_t t = 0; t < rows; ++t) {
+            const T *gt = g + t * d + start, *yt = y + t * d + start;
+            T* out = gz + t * d + start;
+#pragma omp simd
+            for (int64_t i = 0; i < width; ++i) {
+                float go = load(gt[i]);
+                held[i] += go * load(yt[i]);
+                store(out[i], go * c[start + i]);
+            }
+        }
+        for (int64_t i = 0; i < width; ++i) sum[start + i] = held[i];
+    }
+}
+
+}  // namespace
+
+#define BOTH(NAME, PARAMETERS, ...)                                   \
+    void NAME##_f32 PARAMETERS(float) { NAME<float>(__VA_ARGS__); }   \
+    void NAME##_bf16 PARAMETERS(bf16) { NAME<bf16>(__VA_ARGS__); }
+
+extern "C" {
+#define P(T) (const T* x, const T* w, T* y, float* rstd, int64_t rows, int64_t d, float eps, float shift, int64_t between)
+BOTH(rms_forward, P, x, w, y, rstd, rows, d, eps, shift, between)
+#undef P
+#define P(T) (const T* dy, const T* x, const T* w, const float* rstd, const T* add, T* dx, int64_t rows, int64_t d, float shift)
+BOTH(rms_backward, P, dy, x, w, rstd, add, dx, rows, d, shift)
+#undef P
+#define P(T) (const T* g, const T* u, T* p, int64_t n)
+BOTH(swiglu_forward, P, g, u, p, n)
+#undef P
+#define P(T) (const T* dp, const T* g, const T* u, T* dg, T* du, T* p, int64_t n)
+BOTH(swiglu_backward, P, dp, g, u, dg, du, p, n)
+#undef P
+#define P(T) (T * y, const T* cosine, const T* sine, int64_t rows, int64_t period, int64_t heads, int64_t d, int64_t back)
+BOTH(rope, P, y, cosine, sine, rows, period, heads, d, back)
+#undef P
+#define P(T) (const T* x, T* y, int64_t n, int64_t s0, int64_t s1, int64_t limit, float scale)
+BOTH(drop, P, x, y, n, s0, s1, limit, scale)
+#undef P
+#define P(T) (const T* v, T* to, int64_t n, int64_t s0, int64_t s1, int64_t limit, float scale)
+BOTH(drop_add, P, v, to, n, s0, s1, limit, scale)
+#undef P
+#define P(T) (const T* z, const float* c, T* y, int64_t rows, int64_t d)
+BOTH(scale_columns, P, z, c, y, rows, d)
+#undef P
+#define P(T) (const T* g, const T* y, const float* c, T* gz, float* sum, int64_t rows, int64_t d)
+BOTH(scale_backward, P, g, y, c, gz, sum, rows, d)
+#undef P
+}

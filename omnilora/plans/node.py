@@ -1,0 +1,86 @@
+"""Adapted products as one node of the autograd graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnilora.plans.elementwise import drop
+from omnilora.plans.product import LEARNED, A, C, Drop, Kept, Line, Wanted, backward, formula, forward
+
+
+class Products(torch.autograd.Function):
+    """x (tokens, in) and the learned tensors of every line → every y (tokens, out)."""
+
+    @staticmethod
+    def forward(ctx: Any, lines: tuple[Line, ...], dropped: Drop, x: Tensor, *learned: Tensor | None) -> tuple[Tensor, ...]:
+        ys, kept = forward(x, refilled(lines, learned), dropped)
+        ctx.lines, ctx.dropped = lines, dropped
+        reads_x = any(k is not None for k in (*learned[A::LEARNED], *learned[C::LEARNED]))
+        ctx.save_for_backward(x if reads_x else None, *learned, kept.h, *kept.y)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor | None) -> tuple[Any, ...]:
+        x, *saved = ctx.saved_tensors
+        count = LEARNED * len(ctx.lines)
+        learned, (h, *y) = saved[:count], saved[count:]
+        lines, needs = refilled(ctx.lines, learned), ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            return None, None, *again(gs, x, lines, ctx.dropped, learned, needs)
+        gs = tuple(None if g is None else g.contiguous() for g in gs)
+        dx, grads = backward(gs, x, lines, ctx.dropped, Kept(h, tuple(y)), wanted(needs[0], needs[1:]))
+        return None, None, dx, *grads
+
+
+def constants(lines: tuple[Line, ...]) -> tuple[Line, ...]:
+    return tuple(Line(k.W, k.bias, k.s) for k in lines)
+
+
+def refilled(lines: tuple[Line, ...], learned: Any) -> tuple[Line, ...]:
+    """``lines`` with the tensors that autograd handed over."""
+    return tuple(Line(k.W, k.bias, k.s, *learned[i * LEARNED : (i + 1) * LEARNED]) for i, k in enumerate(lines))
+
+
+def wanted(x: bool, each: Any) -> Wanted:
+    return Wanted(x, tuple(tuple(each[i : i + LEARNED]) for i in range(0, len(each), LEARNED)))
+
+
+def again(gs: Any, x: Tensor | None, lines: tuple[Line, ...], dropped: Drop, learned: Any, needs: Any) -> list[Tensor | None]:
+    """Gradients that can be differentiated once more: the formula is run on the inputs themselves."""
+    if x is None:  # nothing but the base reads x: dx = Σ g W, and any x gives it
+        g = next(g for g in gs if g is not None)
+        x = g.new_zeros(g.shape[0], next(k.W for k in lines if k.W is not None).shape[1]).requires_grad_(needs[0]) if any(
+            k.W is not None for k in lines) else g.new_zeros(g.shape[0], 1)  # fmt: skip
+    return derivatives(formula(x, lines, dropped), gs, (x, *learned), needs)
+
+
+def derivatives(ys: Any, gs: Any, inputs: Any, needs: Any) -> list[Tensor | None]:
+    """Σ gs · ∂ys/∂inputs with a graph of its own, None where it is not asked for."""
+    asked = [t for t, need in zip(inputs, needs) if need]
+    pairs = [(y, g) for y, g in zip(ys, gs) if g is not None]
+    found = iter(torch.autograd.grad([y for y, _ in pairs], asked, [g for _, g in pairs], create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def products(x: Tensor, lines: tuple[Line, ...], dropped: Drop) -> tuple[Tensor, ...]:
+    """x (tokens, in) → every y, as a node where gradients are wanted and plainly where they are not."""
+    learned = [t for line in lines for t in line.learned]
+    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in learned)):
+        return Products.apply(constants(lines), dropped, x, *learned)  # type: ignore[no-any-return]
+    return tuple(forward(x, lines, dropped)[0])
+
+
+class Dropped(torch.autograd.Function):
+    """x (tokens, in) with dropout that is made again from its seed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropped: Drop) -> Tensor:
+        ctx.dropped = dropped
+        return drop(x, dropped.seed, dropped.p)
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> tuple[Tensor, None]:
+        return Dropped.apply(gs[0].contiguous(), ctx.dropped), None

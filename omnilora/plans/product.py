@@ -1,0 +1,221 @@
+"""One fused pass for adapted products that read the same input.
+
+    y_i = c_i ⊙ (x W_iᵀ + bias_i + s_i (D_i ⊙ drop(x) A_iᵀ) B_iᵀ) + b_i
+
+One product with all A's; products with B are added in place; nothing is kept for the backward pass but x, the narrow h = drop(x) Aᵀ
+and, where there is a magnitude c, y. Dropout is made again from its seed. The base is constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omnilora.plans.elementwise import Seed, drop, drop_add_, kept, magnify_, magnify_backward, wide
+
+
+class Line(NamedTuple):
+    """One product. W (out, in) and bias (out,) are constants; where W is None, ``y0`` (tokens, out) is what the base gave.
+
+    A (r, in), B (out, r), D (r,) or (tokens, r), c and b (out,), in any floating dtype; B None: the base alone. Where A is None
+    beside a B, ``h`` (tokens, r) is what it gave.
+    """
+
+    W: Tensor | None
+    bias: Tensor | None
+    s: float = 1.0
+    y0: Tensor | None = None
+    h: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    D: Tensor | None = None
+    c: Tensor | None = None
+    b: Tensor | None = None
+
+    @property
+    def learned(self) -> tuple[Tensor | None, ...]:
+        return self[3:]
+
+    @property
+    def out(self) -> int:
+        return self.W.shape[0] if self.W is not None else self.y0.shape[-1]  # type: ignore[union-attr]
+
+
+FIELDS = Line._fields[3:]
+LEARNED = len(FIELDS)
+Y0, H, A, B, D, C, OFFSET = range(LEARNED)  # places of y0, h, A, B, D, c, b among the learned tensors
+
+
+@dataclass(frozen=True)
+class Drop:
+    p: float = 0.0
+    seed: Seed = (0, 0)
+
+    def __bool__(self) -> bool:
+        return self.p > 0.0
+
+
+class Kept(NamedTuple):
+    """What a forward pass leaves: h (tokens, ΣR) of all lines; of those with magnitudes y = c ⊙ z, or z where b is added."""
+
+    h: Tensor | None
+    y: tuple[Tensor | None, ...]
+
+
+def stacked(lines: tuple[Line, ...], dtype: torch.dtype) -> Tensor | None:
+    """All A's, (ΣR, in)."""
+    parts = [k.A.to(dtype) for k in lines if k.A is not None]
+    return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def spans(lines: tuple[Line, ...]) -> list[slice]:
+    """Where each line's rank lies in the stacked one."""
+    out, at = [], 0
+    for k in lines:
+        r = 0 if k.A is None else k.A.shape[0]
+        out.append(slice(at, at + r))
+        at += r
+    return out
+
+
+def forward(x: Tensor, lines: tuple[Line, ...], dropped: Drop, into: Tensor | None = None) -> tuple[list[Tensor], Kept]:
+    """x (tokens, in) → every y (tokens, out). ``into`` (one line): the base's product is added to this tensor, out of place."""
+    a = stacked(lines, x.dtype)
+    h = None if a is None else (drop(x, dropped.seed, dropped.p) if dropped else x) @ a.t()
+    ys, magnified = [], []
+    for line, span in zip(lines, spans(lines)):
+        y = _based(x, line, into)
+        if line.B is not None:
+            u = line.h if line.A is None else h[:, span]  # type: ignore[index]
+            u = u if line.D is None else u * line.D.to(u.dtype)
+            b = line.B.to(u.dtype).t()
+            y = torch.addmm(y, u, b, alpha=line.s) if line.W is None else y.addmm_(u, b, alpha=line.s)
+        elif line.W is None and (line.c is not None or line.b is not None):
+            y = y.clone()
+        if line.c is not None and not _divides(line, y.dtype):
+            magnified.append(y)
+            y = y * line.c.to(y.dtype)
+        else:
+            if line.c is not None:
+                magnify_(y, factor(line.c))
+            magnified.append(y if line.c is not None else None)
+        if line.b is not None:
+            y.add_(line.b.to(y.dtype))
+        ys.append(y)
+    return ys, Kept(h, tuple(magnified))
+
+
+def _divides(line: Line, dtype: torch.dtype) -> bool:
+    """Whether z = y / c gives back what the magnitude met, so that z need not be kept beside y."""
+    return line.b is None and dtype != torch.float16
+
+
+def factor(c: Tensor) -> Tensor:
+    """c in fp32 or wider, kept from 0 by 1e-20, so that y / c always tells z."""
+    c = wide(c)
+    return torch.where(c.abs() < 1e-20, 1e-20, c)
+
+
+def _based(x: Tensor, line: Line, into: Tensor | None) -> Tensor:
+    if line.W is None:
+        return line.y0  # type: ignore[return-value]
+    if into is None or line.c is not None:
+        return F.linear(x, line.W, line.bias)
+    y = torch.addmm(into, x, line.W.t())
+    return y if line.bias is None else y.add_(line.bias)
+
+
+class Wanted(NamedTuple):
+    """Whose gradients are asked for: of x, and of each line's learned tensors."""
+
+    x: bool
+    lines: tuple[tuple[bool, ...], ...]
+
+
+def backward(gs: tuple[Tensor | None, ...], x: Tensor | None, lines: tuple[Line, ...], dropped: Drop, kept_: Kept,
+             want: Wanted) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
+    """Gradients of x and of the learned tensors (of every line, in order). x may be None where no A learns."""
+    some = next(g for g in gs if g is not None)
+    a, where = stacked(lines, some.dtype), spans(lines)
+    gh = None if a is None else some.new_empty(some.shape[0], a.shape[0])
+    dx: Tensor | None = None
+    out: list[Tensor | None] = []
+    for g, line, span, y, wants in zip(gs, lines, where, kept_.y, want.lines):
+        grads: list[Tensor | None] = [None] * LEARNED
+        if g is None:
+            if line.A is not None:
+                gh[:, span] = 0  # type: ignore[index]
+            out += grads
+            continue
+        if line.b is not None and wants[OFFSET]:
+            grads[OFFSET] = wide(g).sum(0).to(line.b.dtype)
+        if line.c is not None:
+            c = factor(line.c)
+            divides = _divides(line, g.dtype)
+            g, total = magnify_backward(g, y, c)  # type: ignore[arg-type]
+            if wants[C]:
+                grads[C] = (total / c if divides else total).to(line.c.dtype)
+        if wants[Y0]:
+            grads[Y0] = g
+        if want.x and line.W is not None:
+            dx = g @ line.W if dx is None else dx.addmm_(g, line.W)
+        if line.B is not None:
+            part = _narrow(g, line, line.h if line.A is None else kept_.h[:, span], wants, grads)  # type: ignore[index]
+            if line.A is None:
+                grads[H] = part if wants[H] else None
+            else:
+                gh[:, span] = part  # type: ignore[index]
+        out += grads
+    if gh is not None and (any(w[A] for w in want.lines) or want.x):
+        dx = _wide_side(gh, a, x, dx, lines, where, dropped, want, out)  # type: ignore[arg-type]
+    return dx, out
+
+
+def _narrow(g: Tensor, line: Line, h: Tensor | None, wants: tuple[bool, ...], grads: list[Tensor | None]) -> Tensor:
+    """Gradients of B and D into ``grads``; that of h."""
+    b, diagonal = line.B.to(g.dtype), None if line.D is None else line.D.to(g.dtype)  # type: ignore[union-attr]
+    if wants[B]:
+        u = h if diagonal is None else h * diagonal
+        grads[B] = (u.t() @ g).mul_(line.s).to(line.B.dtype).t()  # type: ignore[union-attr]
+    part = (g @ b).mul_(line.s)
+    if diagonal is not None:
+        if wants[D]:
+            dD = part * h
+            grads[D] = (dD if diagonal.dim() > 1 else wide(dD).sum(0)).to(line.D.dtype)  # type: ignore[union-attr]
+        part = part.mul_(diagonal)
+    return part
+
+
+def _wide_side(gh: Tensor, a: Tensor, x: Tensor | None, dx: Tensor | None, lines: tuple[Line, ...], where: list[slice],
+               dropped: Drop, want: Wanted, out: list[Tensor | None]) -> Tensor | None:  # fmt: skip
+    """Gradients of the A's, and what x gets through them."""
+    if any(w[A] for w in want.lines):
+        dA = gh.t() @ (drop(x, dropped.seed, dropped.p) if dropped else x)  # type: ignore[arg-type]
+        for i, (line, span, wants) in enumerate(zip(lines, where, want.lines)):
+            if wants[A]:
+                out[i * LEARNED + A] = dA[span].to(line.A.dtype)  # type: ignore[union-attr]
+    if not want.x:
+        return None
+    if dropped:
+        through = gh @ a
+        return drop_add_(torch.zeros_like(through) if dx is None else dx, through, dropped.seed, dropped.p)
+    return gh @ a if dx is None else dx.addmm_(gh, a)
+
+
+def formula(x: Tensor, lines: tuple[Line, ...], dropped: Drop) -> list[Tensor]:
+    """The same by differentiable operations, for derivatives of higher order."""
+    xd = torch.where(kept(x.shape, dropped.seed, dropped.p, x.device), x / (1 - dropped.p), 0.0) if dropped else x
+    ys = []
+    for line in lines:
+        y = line.y0 if line.W is None else F.linear(x, line.W, line.bias)
+        if line.B is not None:
+            u = line.h if line.A is None else F.linear(xd, line.A.to(x.dtype))
+            u = u if line.D is None else u * line.D.to(u.dtype)
+            y = y + line.s * F.linear(u, line.B.to(u.dtype))  # type: ignore[union-attr,operator]
+        y = y if line.c is None else y * line.c.to(y.dtype)  # type: ignore[union-attr]
+        ys.append(y if line.b is None else y + line.b.to(y.dtype))  # type: ignore[union-attr,operator]
+    return ys  # type: ignore[return-value]
