@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omnilora.core import layer as layers
 from omnilora.core.context import EMPTY, ActiveSet, CheckpointContext, Context, Hub, RowSpec, row_groups
 from omnilora.core.full import Full
 from omnilora.core.layer import Adapted, Adapters, attach_layer, detach_layer
@@ -305,6 +306,8 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
         how.placed(site, model)
         made[site.name] = slot
     _slow_paths(model)
+    for call in layers.placed:
+        call(model, hub)
     hub.add(name)
     hub.values.setdefault("methods", {})[name] = dataclasses.replace(
         method, store=None, arrange=None, seen={}, fill=None, prepare=None, combine=None, apply=None)
@@ -510,6 +513,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         hub.drop(adapter)
         hub.values.get("methods", {}).pop(adapter, None)
     hub.values["planned"] = [s.site.name for s in slots(model)]
+    for call in layers.removed:
+        call(model)
     if not hub.names:
         _forget(model, hub)
     return model

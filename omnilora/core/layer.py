@@ -27,6 +27,8 @@ from omnilora.errors import AttachError, ContextError, NotExpressible
 _made: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
 _making = threading.Lock()
 executor: Callable[[Op, Tensor, Geometry], Tensor] | None = None  # applies an adapted map; None: by its tree
+placed: list[Callable[[nn.Module, Hub], None]] = []  # told of a model after adapters were put on it
+removed: list[Callable[[nn.Module], None]] = []  # and after they were taken off
 
 
 def path_name(name: str) -> str:
@@ -150,7 +152,7 @@ def run(layer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if hub.merged:
         return forward(*args, **kwargs)
     if torch.is_grad_enabled() and not ctx.recomputed and torch._C._current_graph_task_id() != -1:
-        ctx = _in_backward(hub, ctx)
+        ctx = in_backward(hub, ctx)
     active = hub.active if ctx.active is None else ctx.active
     if hub.visits is not None:
         hub.visits.update(slot.site.name for slots in mine.slots.values() for slot in slots)
@@ -166,7 +168,7 @@ def _run_merged(layer: Any, mine: Adapters, args: tuple[Any, ...], kwargs: dict[
     return site.native(Matrix(mine.merged["weight"], site.store.offset).apply(x, site.geometry))
 
 
-def _in_backward(hub: Hub, ctx: Context) -> Context:
+def in_backward(hub: Hub, ctx: Context) -> Context:
     """Activation checkpointing runs the layer again, without ``context_fn``: right only if nothing depends on rows."""
     if hub.rowed or ctx.rows is not None:
         raise ContextError("A layer is recomputed in the backward pass, and its rows are not known any more.",

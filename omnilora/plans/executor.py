@@ -6,6 +6,7 @@ autocast and tensors that are not plain run the tree; ``OMNILORA_PLANS=0`` and :
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,3 +121,4 @@ def diagonal(low: Low, x: Tensor) -> Tensor | None:
 
 
 layer.executor = execute
+importlib.import_module("omnilora.plans.blocks.host").register()

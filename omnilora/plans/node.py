@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from omnilora.plans.elementwise import drop
-from omnilora.plans.product import LEARNED, A, C, Drop, Kept, Line, Wanted, backward, formula, forward
+from omnilora.plans.product import LEARNED, A, C, Drop, Kept, Line, Wanted, backward, formula, forward, narrow_side
 
 
 class Products(torch.autograd.Function):
@@ -31,7 +31,9 @@ class Products(torch.autograd.Function):
         if torch.is_grad_enabled():
             return None, None, *again(gs, x, lines, ctx.dropped, learned, needs)
         gs = tuple(None if g is None else g.contiguous() for g in gs)
-        dx, grads = backward(gs, x, lines, ctx.dropped, Kept(h, tuple(y)), wanted(needs[0], needs[1:]))
+        want = wanted(needs[0], needs[1:])
+        dx, grads, gh = backward(gs, lines, ctx.dropped, Kept(h, tuple(y)), want)
+        narrow_side(gh, x, lines, ctx.dropped, want, grads)
         return None, None, dx, *grads
 
 
