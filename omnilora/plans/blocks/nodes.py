@@ -7,6 +7,7 @@ made again in the backward pass.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ class Projections(torch.autograd.Function):
         learned, (h, *ys) = saved[: ctx.learned], saved[ctx.learned :]
         lines, needs = refilled(spec.lines, learned), ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
-            return None, *derivatives(_heads_formula(spec, x, lines), (through, *gs), (x, *learned), needs)
+            again = partial(_heads_formula, spec)
+            return None, *derivatives(again, (through, *gs), (x, *learned), needs)
         if all(g is None for g in gs):
             return None, through, *[None] * ctx.learned
         flat = _flat(x)
@@ -127,7 +129,8 @@ def _turned_back(spec: Heads, lines: Lines, gs: tuple[Tensor | None, ...], ys: l
     return tuple(found), ys
 
 
-def _heads_formula(spec: Heads, x: Tensor, lines: Lines) -> list[Tensor]:
+def _heads_formula(spec: Heads, x: Tensor, *learned: Tensor | None) -> list[Tensor]:
+    lines = refilled(spec.lines, learned)
     xn = _flat(x) if spec.norm is None else spec.norm.formula(_flat(x))
     heads = [y.view(*x.shape[:2], n, spec.d) for y, n in zip(formula(xn, lines, spec.dropped), spec.count)]
     if spec.turn is not None:
@@ -152,12 +155,16 @@ class Output(torch.autograd.Function):
         lines, needs = refilled((ctx.line,), learned), ctx.needs_input_grad[2:]
         g = gs[0]
         if torch.is_grad_enabled():
-            flat = formula(_flat(a), lines, ctx.dropped)[0].view(g.shape)
-            return None, None, g, *derivatives([flat], (g,), (a, *learned), needs[1:])
+            again = partial(_output_formula, ctx.line, ctx.dropped)
+            return None, None, g, *derivatives(again, (_flat(g),), (a, *learned), needs[1:])
         want = wanted(needs[1], needs[2:])
         da, out, gh = backward((_flat(g).contiguous(),), lines, ctx.dropped, Kept(h, tuple(y)), want)
         narrow_side(gh, _flat(a), lines, ctx.dropped, want, out)
         return None, None, g, None if da is None else da.view(a.shape), *out
+
+
+def _output_formula(line: Line, dropped: Drop, a: Tensor, *learned: Tensor | None) -> list[Tensor]:
+    return formula(_flat(a), refilled((line,), learned), dropped)
 
 
 class Normed(torch.autograd.Function):
@@ -175,7 +182,7 @@ class Normed(torch.autograd.Function):
         x, rstd = ctx.saved_tensors
         through, g = gs
         if torch.is_grad_enabled():
-            return None, *derivatives((x, ctx.norm.formula(_flat(x)).view(x.shape)), gs, (x,), (True,))
+            return None, *derivatives(lambda x: (x, ctx.norm.formula(x)), gs, (x,), (True,))
         if g is None:
             return None, through
         add = None if through is None else _flat(through).contiguous()
@@ -195,7 +202,7 @@ class Gated(torch.autograd.Function):
     def backward(ctx: Any, *gs: Tensor) -> tuple[Any, ...]:
         e, u = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *derivatives([_gated_formula(e, u, ctx.act)], gs, (e, u), ctx.needs_input_grad[:2]), None
+            return *derivatives(lambda e, u: [_gated_formula(e, u, ctx.act)], gs, (e, u), ctx.needs_input_grad[:2]), None
         de, du, _ = gated_backward(gs[0].contiguous(), e, u, ctx.act)
         return de, du, None
 
@@ -238,7 +245,7 @@ class GatedPair(torch.autograd.Function):
         wide_, narrow = refilled(spec.lines, learned[: 2 * LEARNED]), refilled((spec.down,), learned[2 * LEARNED :])
         needs = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
-            return None, *derivatives([_pair_formula(spec, x, wide_, narrow)], gs, (x, *learned), needs)
+            return None, *derivatives(partial(_pair_formula, spec), gs, (x, *learned), needs)
         g, flat = _flat(gs[0]).contiguous(), _flat(x)
         above = needs[0] or any(needs[1 : 1 + 2 * LEARNED])
         want = wanted(above, needs[1 + 2 * LEARNED :])
@@ -258,6 +265,7 @@ class GatedPair(torch.autograd.Function):
         return None, dx, *out, *out_down
 
 
-def _pair_formula(spec: Pair, x: Tensor, wide_: Lines, narrow: Lines) -> Tensor:
+def _pair_formula(spec: Pair, x: Tensor, *learned: Tensor | None) -> list[Tensor]:
+    wide_, narrow = refilled(spec.lines, learned[: 2 * LEARNED]), refilled((spec.down,), learned[2 * LEARNED :])
     e, u = formula(spec.norm.formula(_flat(x)), wide_, spec.dropped)
-    return x + formula(_gated_formula(e, u, spec.act), narrow, spec.dropped_down)[0].view(x.shape)
+    return [x + formula(_gated_formula(e, u, spec.act), narrow, spec.dropped_down)[0].view(x.shape)]
