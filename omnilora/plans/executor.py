@@ -36,6 +36,10 @@ def off() -> Iterator[None]:
         _off = before
 
 
+def serves() -> bool:
+    return not _off
+
+
 def plain(x: Tensor) -> bool:
     """Whether fused code may run on x: a plain floating tensor, no transform, no tracing, no autocast."""
     return not (
@@ -121,4 +125,5 @@ def diagonal(low: Low, x: Tensor) -> Tensor | None:
 
 
 layer.executor = execute
+layer.quicken = importlib.import_module("omnilora.plans.quick").quicken
 importlib.import_module("omnilora.plans.blocks.host").register()

@@ -61,7 +61,8 @@ def planned_class(cls: type) -> type:
 
 
 def _blank(base: type) -> Any:
-    return base.__new__(base)  # a copy is the bare layer until adapters are put on it
+    cls: Any = planned_class(base)
+    return cls.__new__(cls)
 
 
 # -- installing ---------------------------------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ def refusals(model: nn.Module) -> dict[str, str]:
 def run(layer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.compiler.is_compiling():
         return forward(*args, **kwargs)
-    state = _plans.get(layer)
+    state = _plans.get(layer) or _found(layer)
     x = args[0] if len(args) == 1 else None if args else kwargs.get("hidden_states")
     if state is None or x is None or not _serves(layer, state, x, kwargs):
         return forward(*args, **kwargs)
@@ -116,6 +117,12 @@ def run(layer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if hub.visits is not None:
         hub.visits.update(s.site.name for m in layer.modules() if isinstance(m, Adapted) for group in m.adapters.slots.values() for s in group)
     return _pass(layer, state, x, rest, ctx)
+
+
+def _found(layer: nn.Module) -> State | None:
+    """The state of a layer that came out of a copy or a file."""
+    inside = next((m for m in layer.modules() if isinstance(m, Adapted)), None)
+    return None if inside is None else _plans.setdefault(layer, State(inside.adapters.hub))
 
 
 def _serves(layer: Any, state: State, x: Any, kwargs: dict[str, Any]) -> bool:

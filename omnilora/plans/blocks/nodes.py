@@ -121,9 +121,8 @@ def _turned_back(spec: Heads, lines: Lines, gs: tuple[Tensor | None, ...], ys: l
             found.append(rope(g, c, s, back=True).flatten(2).flatten(0, 1))
             y = ys[i]
             if y is not None and divides(lines[i], y.dtype):
-                size = wide(c[0, 0, 0]).square() + wide(s[0, 0, 0]).square()  # tables may carry a factor
-                back = rope(y.view(g.shape), c, s, back=True).flatten(2).flatten(0, 1)
-                ys[i] = back.div_(size.to(back.dtype))
+                size = wide(c).square() + wide(s).square()  # not 1: tables are rounded, and may carry a factor
+                ys[i] = rope(y.view(g.shape), (c / size).to(c.dtype), (s / size).to(c.dtype), back=True).flatten(2).flatten(0, 1)
         else:
             found.append(g.flatten(2).flatten(0, 1).contiguous())
     return tuple(found), ys
