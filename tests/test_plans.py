@@ -368,6 +368,51 @@ def test_a_single_layer_without_gradients_follows_every_change():
     assert copy.deepcopy(model)[0].adapters.quick is None
 
 
+@pytest.mark.parametrize("key", ["dora", "vera", "tt_lora", "adalora"])
+@pytest.mark.parametrize("fused_step", [False, True])
+def test_what_a_layer_keeps_without_gradients_is_made_again_after_a_change(key, fused_step):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5)).eval()
+    ol.adapt(model, ol.method(key, **METHODS[key]))
+    shake(model)
+    x = torch.randn(3, 6)
+
+    def same(kept=True):
+        with torch.no_grad():
+            y = model(x)
+            assert not kept or model[0].adapters.quick(x) is not None
+            again = model(x)
+            with executor.off():
+                want = model(x)
+        assert gap(y, want) < 1e-6 and gap(again, want) < 1e-6
+
+    same()
+    optimizer = torch.optim.AdamW(ol.trainable(model), lr=0.1, fused=fused_step)
+    model(x).sum().backward()
+    same()
+    optimizer.step()
+    same()
+    with torch.no_grad():
+        model[0].weight.mul_(1.5)
+    same()
+    ol.adapt(model, ol.method("lora", r=2), name="second")
+    ol.activate(model, ["default", "second"])
+    shake(model, "second")
+    same(kept=key != "dora")  # a sum on top of magnitudes is no normal form
+
+
+def test_a_form_that_reads_the_context_is_built_anew_at_every_call():
+    model = nn.Sequential(nn.Linear(6, 5)).eval()
+    ol.adapt(model, ol.method("dylora", r=4))
+    shake(model)
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        whole = model(x)
+        assert model[0].adapters.quick is None
+        with ol.context(model, rank=1):
+            assert gap(model(x), whole) > 1e-3
+
+
 def test_a_node_keeps_x_once_and_nothing_wide():
     torch.manual_seed(0)
     x, w = torch.randn(10, 8, requires_grad=True), torch.randn(6, 8)

@@ -27,7 +27,7 @@ from omnilora.errors import AttachError, ContextError, NotExpressible
 _made: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
 _making = threading.Lock()
 executor: Callable[[Op, Tensor, Geometry], Tensor] | None = None  # applies an adapted map; None: by its tree
-quicken: Callable[[Any, Adapters], Callable[[Tensor], Tensor | None] | None] | None = None  # the short way without gradients
+quicken: Callable[[Any, Adapters], None] | None = None  # finds a layer's short way without gradients
 placed: list[Callable[[nn.Module, Hub], None]] = []  # told of a model after adapters were put on it
 removed: list[Callable[[nn.Module], None]] = []  # and after they were taken off
 
@@ -166,8 +166,8 @@ def run(layer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         hub.visits.update(slot.site.name for slots in mine.slots.values() for slot in slots)
     if ctx.rows is not None:
         return _run_rows(layer, mine, ctx, ctx.rows, forward, args, kwargs)
-    if quicken is not None and mine.asked != hub.epoch and not torch.is_grad_enabled():
-        mine.quick, mine.asked = quicken(layer, mine), hub.epoch
+    if quicken is not None and not torch.is_grad_enabled() and (mine.asked != hub.epoch or mine.quick is not None):
+        quicken(layer, mine)
     return _run_set(layer, mine, active, ctx, forward, args, kwargs)
 
 

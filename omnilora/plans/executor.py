@@ -125,5 +125,5 @@ def diagonal(low: Low, x: Tensor) -> Tensor | None:
 
 
 layer.executor = execute
-layer.quicken = importlib.import_module("omnilora.plans.quick").quicken
+importlib.import_module("omnilora.plans.quick")
 importlib.import_module("omnilora.plans.blocks.host").register()

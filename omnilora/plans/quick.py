@@ -1,64 +1,146 @@
 """One adapted linear layer without gradients, with as little between the call and the products as there can be.
 
-    y = x Wᵀ + bias + s (x Aᵀ) Bᵀ
+    y = c ⊙ (x Wᵀ + bias + s (D ⊙ x Aᵀ) Bᵀ) + b
 
-A closure over the layer's own tensors: nothing is copied, so nothing can go stale. It answers None whenever the call is not the
-one it was made for, and the layer's general forward answers instead.
+A closure over the layer's own tensors. LoRA's factors are read where they are, so nothing can go stale. What must be computed
+first (a norm, a tensor train) is kept until the epoch, a version or an optimizer's step says that something may have changed;
+only writes through ``.data`` pass unseen. A closure answers None whenever the call is not the one it was made for, and the
+layer's general forward answers instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from omnilora.core.context import EMPTY
+from omnilora.core import layer as layers
+from omnilora.core.context import EMPTY, Context
 from omnilora.core.layer import Adapters, build
 from omnilora.core.site import Base
 from omnilora.plans import executor
-from omnilora.plans.normal import lower
+from omnilora.plans.normal import Normal, lower
 
 Quick = Callable[[Tensor], Tensor | None]
+_steps = [0]  # of any optimizer: a fused one changes parameters without their versions
 
 
-def quicken(layer: Any, mine: Adapters) -> Quick | None:
-    """The closure for the active set, or None where the map is not one low-rank term whose factors are the slot's own parameters."""
+def _stepped(*_: Any) -> None:
+    _steps[0] += 1
+
+
+register_optimizer_step_post_hook(_stepped)
+
+
+class _Read(Exception):
+    """A form looked at the context: its map is not one for all calls."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Blind(Context):
+    def get(self, key: str, default: Any = None) -> Any:
+        raise _Read(key)
+
+
+def quicken(layer: Any, mine: Adapters) -> None:
+    """Put on ``mine`` the closure for the active set, or None where the map is no low-rank term beside a plain weight."""
+    if executor.serves():
+        mine.quick, mine.asked = _made(layer, mine), mine.hub.epoch
+
+
+def _made(layer: Any, mine: Adapters) -> Quick | None:
     hub = mine.hub
-    slots = [(s, w) for name, w in hub.active for s in mine.slots.get(name, ())]
-    if len(slots) != 1 or mine.inner is not None or type(layer)._base.forward is not nn.Linear.forward:
+    pairs = [(s, w) for name, w in hub.active for s in mine.slots.get(name, ())]
+    if not pairs or mine.inner is not None or type(layer)._base.forward is not nn.Linear.forward:
         return None
-    (slot, weight), (params, own) = slots[0], (layer._parameters, slots[0][0]._parameters)
-    if not slot.site.called or not executor.serves():
+    if any(not s.site.called or s.site.kind != "linear" for s, _ in pairs):
         return None
-    base = Base(slot.site, layer, nn.Linear.forward.__get__(layer))
-    normal = lower(build(base, [(slot, weight)], EMPTY))
-    if normal is None or normal.base is not base or base.plain_weight is None or normal.c is not None or normal.b is not None:
+    base, before = Base(pairs[0][0].site, layer, nn.Linear.forward.__get__(layer)), torch.get_rng_state()
+    try:
+        normal = lower(build(base, pairs, _Blind()))
+    except _Read:
         return None
-    (low,) = normal.low if len(normal.low) == 1 else (None,)
-    names = {id(t): n for n, t in own.items()}
-    if low is None or low.D is not None or low.gates or low.p or id(low.A) not in names or id(low.B) not in names:
+    if normal is None or normal.base is None or not normal.low or executor.constants_of(normal.base, layer.weight)[0] is None:
         return None
-    a_name, b_name = names[id(low.A)], names[id(low.B)]
-    a, b, s, w, how, scale = low.A, low.B, low.s, params["weight"], slot.how, slot.scale
-    epoch, local, dtype, training = hub.epoch, hub.local, w.dtype, slot.training
-    cast = a.dtype != dtype or b.dtype != dtype
-    grad, stack, auto, forward_ad = torch.is_grad_enabled, torch._C._functorch.peek_interpreter_stack, torch.is_autocast_enabled, torch.autograd.forward_ad
+    if any(k.p or k.gates for k in normal.low) or not torch.equal(before, torch.get_rng_state()):
+        return None
+    call = _direct(layer, pairs, normal) or _held(layer, pairs, normal)
+    epoch, local, dtype, scales = hub.epoch, hub.local, layer.weight.dtype, [(s, s.scale, s.how, s.training) for s, _ in pairs]
+    grad, stack, auto = torch.is_grad_enabled, torch._C._functorch.peek_interpreter_stack, torch.is_autocast_enabled
+    forward_ad = torch.autograd.forward_ad
 
     def quick(x: Tensor) -> Tensor | None:
         if (hub.epoch != epoch or local.context is not EMPTY or hub.visits is not None or grad() or type(x) is not Tensor
                 or x.dtype is not dtype or stack() is not None or forward_ad._current_level >= 0 or not executor.serves()
-                or params["weight"] is not w or own[a_name] is not a or own[b_name] is not b or w.dtype is not dtype
-                or slot.how is not how or slot.scale != scale or slot.training is not training or auto(x.device.type)):  # fmt: skip
+                or auto(x.device.type)):  # fmt: skip
+            return None
+        for slot, scale, how, training in scales:
+            if slot.scale != scale or slot.how is not how or slot.training is not training:
+                return None
+        return call(x)
+
+    return quick
+
+
+def _direct(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick | None:
+    """For one term whose factors are the slot's own parameters: nothing is copied."""
+    (low, *more), (slot, _) = normal.low, pairs[0]
+    params, own = layer._parameters, slot._parameters
+    names = {id(t): n for n, t in own.items()}
+    whole = isinstance(normal.base, Base) and normal.c is None and normal.b is None and low.D is None
+    if more or not whole or id(low.A) not in names or id(low.B) not in names:
+        return None
+    a_name, b_name, a, b, s, w = names[id(low.A)], names[id(low.B)], low.A, low.B, low.s, params["weight"]
+    dtype = w.dtype
+    cast = a.dtype != dtype or b.dtype != dtype
+
+    def call(x: Tensor) -> Tensor | None:
+        if params["weight"] is not w or own[a_name] is not a or own[b_name] is not b or w.dtype is not dtype:
             return None
         y = F.linear(x, w, params["bias"])
         h = F.linear(x, a.to(dtype) if cast else a)
-        bt = (b.to(dtype) if cast else b).t()
-        if y.dim() == 2:
-            return y.addmm_(h, bt, alpha=s)
-        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), bt, alpha=s)
-        return y
+        return _added(y, h, (b.to(dtype) if cast else b).t(), s)
 
-    return quick
+    return call
+
+
+def _held(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick:
+    """For everything else: factors made once, and what they were made from."""
+    w, bias = executor.constants_of(normal.base, layer.weight)  # type: ignore[arg-type]
+    s, a, b, d = executor.joined(normal.low, layer.weight)
+    dtype, whole = w.dtype, isinstance(normal.base, Base)  # type: ignore[union-attr]
+    a, bt = a.detach().to(dtype), b.detach().to(dtype).t().contiguous()
+    a = a if d is None else a * d.detach().to(dtype).unsqueeze(-1)
+    c, off = (None if t is None else t.detach().to(dtype) for t in (normal.c, normal.b))
+    bias = bias if whole else None
+    tables = {id(m._parameters): m._parameters for slot, _ in pairs for m in slot.modules()} | {id(layer._parameters): layer._parameters}
+    seen = [(table, n, t, t._version, t.data_ptr()) for table in tables.values() for n, t in table.items() if t is not None]
+    step = _steps[0]
+
+    def call(x: Tensor) -> Tensor | None:
+        if _steps[0] != step:
+            return None
+        for table, n, t, version, at in seen:
+            if table[n] is not t or t._version != version or t.data_ptr() != at:
+                return None
+        y = _added(F.linear(x, w, bias), F.linear(x, a), bt, s)  # type: ignore[arg-type]
+        y = y if c is None else y.mul_(c)
+        return y if off is None else y.add_(off)
+
+    return call
+
+
+def _added(y: Tensor, h: Tensor, bt: Tensor, s: float) -> Tensor:
+    """y (…, out) += s h (…, r) Bᵀ."""
+    if y.dim() == 2:
+        return y.addmm_(h, bt, alpha=s)
+    y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), bt, alpha=s)
+    return y
+
+
+layers.quicken = quicken
