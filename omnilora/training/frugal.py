@@ -26,7 +26,7 @@ from omnilora.training.joined import join, joined_attention, joined_call, refusa
 
 LENGTHS = (12, 9, 6)  # tokens of the rows that are compared
 PROBED = 2_000_000  # numbers of gradients that are compared
-OWN_HOOKS = ("omnilora.core.attach", "omnilora.core.observe")  # they look at tokens, not at rows
+OWN_HOOKS = ("omnilora.core.attach", "omnilora.core.observe", "transformers.")  # they look at tokens, not at rows
 DIFFERS = "loss or gradients would change by more than rounding"
 
 
