@@ -75,6 +75,39 @@ for args in (["list", "--json"], ["show", "lora", "--json"], ["--help"], ["list"
     assert [c["key"] for c in listed] == [c.key for c in ol.cards()]
 
 
+@pytest.mark.parametrize("line,most", [("--help", 230), ("list", 330), ("show dora", 330), ("list --json", 330)])
+def test_a_command_starts_with_few_modules(line, most):
+    """Start-up is imports: what a command does not need is not imported. Counted, for time depends on the machine."""
+    done = python(f"""
+import sys
+before = set(sys.modules)
+sys.argv = ["omnilora", *{line.split()!r}]
+from omnilora.cli.main import main
+try:
+    main()
+except SystemExit as done:
+    assert done.code in (0, None)
+new = set(sys.modules) - before
+assert not new & {{"torch", "rich", "yaml", "numpy", "transformers"}}, new
+own = sorted(m for m in new if m.startswith("omnilora.cli."))
+assert {line!r} == "--help" or own == ["omnilora.cli.cards", "omnilora.cli.common", "omnilora.cli.main", "omnilora.cli.methods"], own
+print(len(new), file=sys.stderr)
+""")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stderr.split()[-1]) <= most
+
+
+def test_cards_are_parsed_from_assignments_alone(monkeypatch):
+    """Of the library's own entries no function body is parsed, and reading whole files gives the same."""
+    parsed, parse = [], cards.ast.parse
+    monkeypatch.setattr(cards.ast, "parse", lambda text, *a: parsed.append(len(text)) or parse(text, *a))
+    found = cards.read()
+    homes = Path(cards.__file__).parent.parent / "methods"
+    assert sum(parsed) < 0.5 * sum(p.stat().st_size for p in homes.rglob("*.py"))
+    monkeypatch.setattr(cards, "_heads", lambda text: (None, set()))
+    assert cards.read() == found
+
+
 def test_parsed_cards_equal_the_imported_ones():
     imported = {c.key: {f: cards.plain(getattr(c, f)) for f in cards.EMPTY} for c in ol.cards()}
     assert {c["key"]: c for c in cards.read()} == imported

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
 
 from omnilora import __version__
-from omnilora.cli import adapters, applying, contest, converting, explaining, generating, methods, training
 from omnilora.cli.common import Commands
 
-app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-                  context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
+COMMANDS = {
+    "list": "methods.list_methods", "show": "methods.show", "verify": "methods.verify", "explain": "explaining.explain",
+    "train": "training.train", "compare": "contest.compare", "apply": "applying.apply", "eval": "training.evaluate",
+    "generate": "generating.generate", "chat": "generating.chat", "merge": "adapters.merge", "export": "converting.export",
+    "convert": "converting.convert", "push": "converting.push", "pull": "converting.pull", "info": "adapters.info",
+    "diff": "adapters.diff",
+}  # fmt: skip
 
-app.command("list")(methods.list_methods)
-app.command("show")(methods.show)
-app.command("verify")(methods.verify)
-app.command("explain")(explaining.explain)
-app.command("train")(training.train)
-app.command("compare")(contest.compare)
-app.command("apply")(applying.apply)
-app.command("eval")(training.evaluate)
-app.command("generate")(generating.generate)
-app.command("chat")(generating.chat)
-app.command("merge")(adapters.merge)
-app.command("export")(converting.export)
-app.command("convert")(converting.convert)
-app.command("push")(converting.push)
-app.command("pull")(converting.pull)
-app.command("info")(adapters.info)
-app.command("diff")(adapters.diff)
+
+def application(*names: str) -> typer.Typer:
+    """The command line with these commands, all by default. One command alone starts in half the time."""
+    made = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+                       context_settings={"help_option_names": ["-h", "--help"]})  # fmt: skip
+    made.callback(invoke_without_command=True)(_top)
+    for name in names or COMMANDS:
+        module, _, function = COMMANDS[name].partition(".")
+        made.command(name)(getattr(import_module(f"omnilora.cli.{module}"), function))
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        return application()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _version(wanted: bool) -> None:
@@ -38,7 +43,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback(invoke_without_command=True)
 def _top(
     ctx: typer.Context,
     version: Annotated[bool, typer.Option(
@@ -63,7 +67,7 @@ def _top(
 
 def main() -> None:
     """Entry point."""
-    app()
+    application(*(name for name in sys.argv[1:2] if name in COMMANDS))()
 
 
 if __name__ == "__main__":
