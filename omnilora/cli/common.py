@@ -161,14 +161,19 @@ class Commands(TyperGroup):
         try:
             code = super().main(args, prog_name or "omnilora", complete_var, False, windows_expand_args, **extra)
         except OmniloraError as error:
-            refuse(error.code, error.message, error.remedy, "--json" in given)
-            code = FAILED if isinstance(error, (MergeRefused, RunError)) else BAD_INPUT
+            code = answer(error, "--json" in given)
         except usage_error as error:
             where = error.ctx.command_path if error.ctx is not None else "omnilora"
             code = refuse("usage", error.format_message(), f"See {where} --help.", "--json" in given)
         except typer.Abort:
             code = 130
         sys.exit(code if isinstance(code, int) else DONE)
+
+
+def answer(error: OmniloraError, as_json: bool) -> int:
+    """Say what went wrong; the exit code."""
+    refuse(error.code, error.message, error.remedy, as_json)
+    return FAILED if isinstance(error, (MergeRefused, RunError)) else BAD_INPUT
 
 
 def refuse(code: str, message: str, remedy: str, as_json: bool) -> int:
