@@ -11,14 +11,13 @@ every row masked. Every variant sees the same rows; the order within an epoch is
     peft padding-free   DataCollatorWithFlattening, the layers compiled: what a user of PEFT can reach by hand
 
 Rounds run all variants in turn (A B A B …), each in a process of its own. Wall time is that of training alone, from the loaded
-model on; "whole" counts the process from its start. Memory is the peak resident set of the process.
+model on, "processor" its processor time, which a shared machine sways less; "whole" counts the process from its start. Memory is the peak resident set of the process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import random
 import resource
@@ -99,17 +98,17 @@ def peft(model: Any, data: list[Any], free: bool) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def work(variant: str, steps: int, quick: bool) -> dict[str, Any]:
+def work(variant: str, steps: int, quick: bool, threads: int | None) -> dict[str, Any]:
     import torch
 
-    torch.set_num_threads(int(os.environ.get("THREADS", torch.get_num_threads())))
+    torch.set_num_threads(threads or torch.get_num_threads())
     model = model_of(quick)
     data = rows(steps * ROWS, model.config.vocab_size, quick)
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), time.process_time()
     name, _, how = variant.partition(" ")
     losses = omnilora(model, data, how == "padded") if name == "omnilora" else peft(model, data, bool(how))
-    return {"seconds": time.perf_counter() - start, "losses": losses, "loaded MiB": loaded / 1024,
+    return {"seconds": time.perf_counter() - start, "processor": time.process_time() - spent, "losses": losses, "loaded MiB": loaded / 1024,
             "peak MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}  # fmt: skip
 
 
@@ -117,26 +116,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help="updates of a job")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--quick", action="store_true", help="a small model, for a look")
     parser.add_argument("--only", help="variants, comma-separated")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.variant:
-        print(json.dumps(work(args.variant, args.steps, args.quick)))
+        print(json.dumps(work(args.variant, args.steps, args.quick, args.threads)))
         return
     chosen = args.only.split(",") if args.only else list(VARIANTS)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     for _ in range(args.rounds):
         for name in chosen:
-            command = [sys.executable, __file__, "--variant", name, "--steps", str(args.steps), *["--quick"] * args.quick]
+            command = [sys.executable, __file__, "--variant", name, "--steps", str(args.steps), *["--quick"] * args.quick,
+                       *(["--threads", str(args.threads)] if args.threads else [])]  # fmt: skip
             began = time.perf_counter()
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(f"{name}:\n{done.stderr[-2000:]}")
             made = json.loads(done.stdout.strip().splitlines()[-1]) | {"whole": time.perf_counter() - began}
             found[name].append(made)
-            print(f"{name:20s} {made['seconds']:8.2f} s  {made['peak MiB']:8.0f} MiB  whole {made['whole']:8.2f} s  "
+            print(f"{name:20s} {made['seconds']:8.2f} s  cpu {made['processor']:8.2f} s  {made['peak MiB']:8.0f} MiB  whole {made['whole']:8.2f} s  "
                   f"loss {statistics.mean(made['losses']):.4f}", flush=True)  # fmt: skip
     table = {name: summary(runs, found[chosen[0]]) for name, runs in found.items()}
     print(f"\nratio to {chosen[0]}: median (min – max)")
@@ -144,25 +145,25 @@ def main() -> None:
         print(f"{name:20s} " + "   ".join(f"{k} {v[0]:.3f} ({v[1]:.3f} – {v[2]:.3f})" for k, v in row["ratios"].items()))
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": machine(), "steps": args.steps, "quick": args.quick, "jobs": table},
+        args.out.write_text(json.dumps({"machine": machine(args.threads), "steps": args.steps, "quick": args.quick, "jobs": table},
                                        indent=1) + "\n")  # fmt: skip
 
 
 def summary(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians, and ratios to the same round of ``base`` as (median, min, max)."""
-    out: dict[str, Any] = {k: statistics.median(r[k] for r in runs) for k in ("seconds", "whole", "peak MiB", "loaded MiB")}
-    each = {k: [a[k] / b[k] for a, b in zip(runs, base)] for k in ("seconds", "whole", "peak MiB")}
+    out: dict[str, Any] = {k: statistics.median(r[k] for r in runs) for k in ("seconds", "processor", "whole", "peak MiB", "loaded MiB")}
+    each = {k: [a[k] / b[k] for a, b in zip(runs, base)] for k in ("seconds", "processor", "whole", "peak MiB")}
     out["ratios"] = {k: [statistics.median(v), min(v), max(v)] for k, v in each.items()}
     out["mean loss"] = statistics.mean(runs[-1]["losses"])
     return out
 
 
-def machine() -> dict[str, Any]:
+def machine(threads: int | None) -> dict[str, Any]:
     import importlib.metadata as installed
 
     import torch
 
-    return {"threads": torch.get_num_threads(), "processor": platform.processor() or platform.machine(),
+    return {"threads": threads or torch.get_num_threads(), "processor": platform.processor() or platform.machine(args.threads),
             **{name: installed.version(name) for name in ("torch", "transformers", "peft", "accelerate")}}  # fmt: skip
 
 

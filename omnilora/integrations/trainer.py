@@ -38,9 +38,9 @@ def integrate(trainer: type, *, adapter: str | None = None, reference: str | Non
 
     It builds the optimizer from the method's groups (or the method's own optimizer), drives its rules by the trainer's
     clock, adds their losses, and lets quantized bases train. Checkpoints hold adapter, heads, optimizer and rule state
-    and no base weight; resuming goes on exactly. Language models train without padding and without logits where that is the
-    same (transformers.Trainer's own loss in the base's precision; ``declined`` says why not). Where the trainer wants a reference model (DPO, GRPO, KTO …), it gets
-    a view of the same weights with the adapter off.
+    and no base weight; resuming goes on exactly. Where the trainer wants a reference model (DPO, GRPO, KTO …), it gets
+    a view of the same weights with the adapter off. With the loss of transformers.Trainer itself, language models train
+    without padding and without logits where that is the same; ``trainer.declined`` says why not.
 
     Args:
         trainer: ``transformers.Trainer`` or a class derived from it.
