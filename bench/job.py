@@ -10,8 +10,9 @@ every row masked. Every variant sees the same rows; the order within an epoch is
     peft                get_peft_model and Trainer with their defaults
     peft padding-free   DataCollatorWithFlattening, the layers compiled: what a user of PEFT can reach by hand
 
-Rounds run all variants in turn (A B A B …), each in a process of its own. Wall time is that of training alone, from the loaded
-model on, "processor" its processor time, which a shared machine sways less; "whole" counts the process from its start. Memory is the peak resident set of the process.
+Rounds run all variants in turn (A B A B …), each in a process of its own. Wall time is that of training alone, from the
+loaded model on; "processor" is its processor time, which a shared machine sways less; "whole" counts the process from its
+start. Memory is the peak resident set of the process.
 """
 
 from __future__ import annotations
@@ -137,8 +138,8 @@ def main() -> None:
                 sys.exit(f"{name}:\n{done.stderr[-2000:]}")
             made = json.loads(done.stdout.strip().splitlines()[-1]) | {"whole": time.perf_counter() - began}
             found[name].append(made)
-            print(f"{name:20s} {made['seconds']:8.2f} s  cpu {made['processor']:8.2f} s  {made['peak MiB']:8.0f} MiB  whole {made['whole']:8.2f} s  "
-                  f"loss {statistics.mean(made['losses']):.4f}", flush=True)  # fmt: skip
+            print(f"{name:20s} {made['seconds']:8.2f} s  processor {made['processor']:8.2f} s  "
+                  f"{made['peak MiB']:8.0f} MiB  whole {made['whole']:8.2f} s  loss {statistics.mean(made['losses']):.4f}", flush=True)  # fmt: skip
     table = {name: summary(runs, found[chosen[0]]) for name, runs in found.items()}
     print(f"\nratio to {chosen[0]}: median (min – max)")
     for name, row in table.items():
@@ -163,7 +164,7 @@ def machine(threads: int | None) -> dict[str, Any]:
 
     import torch
 
-    return {"threads": threads or torch.get_num_threads(), "processor": platform.processor() or platform.machine(args.threads),
+    return {"threads": threads or torch.get_num_threads(), "processor": platform.processor() or platform.machine(),
             **{name: installed.version(name) for name in ("torch", "transformers", "peft", "accelerate")}}  # fmt: skip
 
 
