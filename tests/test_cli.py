@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import omnilora as ol
 from omnilora.cli import cards
 from omnilora.cli.common import settings
-from omnilora.cli.main import app
+from omnilora.cli.main import app, main
 from omnilora.core import method as methods
 from omnilora.core.method import Card, Claim, Method
 from omnilora.errors import BadValue
@@ -73,6 +73,53 @@ for args in (["list", "--json"], ["show", "lora", "--json"], ["--help"], ["list"
     listed, _ = json.JSONDecoder().raw_decode(done.stdout)
     assert {"key", "title", "section", "kind", "tags"} <= set(listed[0])
     assert [c["key"] for c in listed] == [c.key for c in ol.cards()]
+
+
+@pytest.mark.parametrize("line,most", [("--help", 120), ("list", 120), ("show dora", 120), ("list --tag low_rank --json", 120)])
+def test_a_command_starts_with_few_modules(line, most):
+    """Start-up is imports: what a command does not need is not imported. Counted, for time depends on the machine."""
+    done = python(f"""
+import sys
+before = set(sys.modules)
+sys.argv = ["omnilora", *{line.split()!r}]
+from omnilora.cli.main import main
+try:
+    main()
+except SystemExit as done:
+    assert done.code in (0, None)
+new = set(sys.modules) - before
+assert not new & {{"torch", "rich", "yaml", "numpy", "transformers"}}, new
+own = sorted(m for m in new if m.startswith("omnilora.cli."))
+assert {line!r} == "--help" or own == ["omnilora.cli.cards", "omnilora.cli.common", "omnilora.cli.main", "omnilora.cli.methods"], own
+print(len(new), file=sys.stderr)
+""")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stderr.split()[-1]) <= most
+
+
+@pytest.mark.parametrize("line", [
+    "list", "list --section foundations --tag low_rank --tag additive", "list --json --kind schedule", "list --section nothing",
+    "list --tag", "list --json x", "show dora", "show dora --json", "show", "show nothing --json", "show a b", "show --help",
+    "list --section=foundations", "list --section foundations --section foundations", "show -h"])  # fmt: skip
+def test_the_short_way_of_list_and_show_is_the_long_one(line, monkeypatch, capsys):
+    said = []
+    for way in (main, lambda: app(line.split())):
+        monkeypatch.setattr(sys, "argv", ["omnilora", *line.split()])
+        with pytest.raises(SystemExit) as done:
+            way()
+        said.append((done.value.code, *capsys.readouterr()))
+    assert said[0] == said[1]
+
+
+def test_cards_are_parsed_from_assignments_alone(monkeypatch):
+    """Of the library's own entries no function body is parsed, and reading whole files gives the same."""
+    parsed, parse = [], cards.ast.parse
+    monkeypatch.setattr(cards.ast, "parse", lambda text, *a: parsed.append(len(text)) or parse(text, *a))
+    found = cards.read()
+    homes = Path(cards.__file__).parent.parent / "methods"
+    assert sum(parsed) < 0.5 * sum(p.stat().st_size for p in homes.rglob("*.py"))
+    monkeypatch.setattr(cards, "_heads", lambda text: (None, set()))
+    assert cards.read() == found
 
 
 def test_parsed_cards_equal_the_imported_ones():

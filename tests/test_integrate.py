@@ -25,6 +25,7 @@ from omnilora.core.rule import Rule
 from omnilora.integrations import trainer as trainer_module
 from omnilora.optim.paged import PagedAdamW
 from omnilora.rules.structured_dropout import learned_logits
+from omnilora.training import frugal
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -456,3 +457,49 @@ def test_sharding_is_refused():
         with pytest.raises(errors.BadValue, match="DDP"):
             refuse_sharding(SimpleNamespace(distributed_type=SimpleNamespace(value=kind)))
     refuse_sharding(SimpleNamespace(distributed_type=SimpleNamespace(value="MULTI_CPU")))
+
+
+# -- without padding and logits ----------------------------------------------------------------------------------------
+
+
+def language_rows(count=12):
+    draw = random.Random(5)
+    rows = [[draw.randrange(4, 40) for _ in range(draw.randrange(4, 16))] for _ in range(count)]
+    return [{"input_ids": r, "labels": [-100] * (len(r) // 2) + r[len(r) // 2 :]} for r in rows]
+
+
+def padded(batch):
+    fill = torch.nn.utils.rnn.pad_sequence
+    ids, labels = ([torch.tensor(r[k]) for r in batch] for k in ("input_ids", "labels"))
+    return {"input_ids": fill(ids, True, 0), "labels": fill(labels, True, -100),
+            "attention_mask": fill([torch.ones_like(i) for i in ids], True, 0)}  # fmt: skip
+
+
+def plain_trainer(folder, out, **options):
+    model, _ = load(folder, "lora", r=4)
+    args = transformers.TrainingArguments(str(out), max_steps=3, per_device_train_batch_size=3, learning_rate=1e-2, save_strategy="no",
+                                          **{**QUIET, **options})  # fmt: skip
+    return ol.integrate(transformers.Trainer)(model, args, train_dataset=language_rows(), data_collator=padded)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}])
+def test_a_plain_trainer_spares_padding_and_logits_and_learns_the_same(folder, tmp_path, options, monkeypatch):
+    cheap, most = plain_trainer(folder, tmp_path, **options), []
+    made = frugal.Head.loss
+    monkeypatch.setattr(frugal.Head, "loss", lambda self, h, y: most.append(h.shape) or made(self, h, y))
+    cheap.train()
+    usual = plain_trainer(folder, tmp_path, **options)
+    monkeypatch.setattr(type(usual), "_cheap", lambda *_: None)
+    usual.train()
+    a, b = ([x["loss"] for x in t.state.log_history if "loss" in x] for t in (cheap, usual))
+    assert most and all(s[0] == 1 for s in most)
+    assert cheap.declined == {} and a == pytest.approx(b, rel=1e-5) and len(a) == 3
+    left, right = weights(cheap.model), weights(usual.model)
+    assert all((left[k] - right[k]).norm() <= 1e-4 * right[k].norm() + 1e-7 for k in left)
+    assert cheap.model.config._attn_implementation == "sdpa"
+
+
+def test_another_loss_is_left_to_its_trainer(folder, tmp_path):
+    smooth = plain_trainer(folder, tmp_path, label_smoothing_factor=0.1)
+    assert not smooth._plain_loss() and plain_trainer(folder, tmp_path)._plain_loss()
+    assert not sft(folder, tmp_path, "lora")._plain_loss()

@@ -6,6 +6,7 @@ A module whose card is no literal is imported instead, so that what is shown is 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,14 @@ def read(root: Path | None = None) -> list[dict[str, Any]]:
 def find(key: str) -> tuple[dict[str, Any], Path]:
     """(card, file) of a method. Raises :class:`UnknownName` with the nearest keys."""
     home = Path(omnilora.__file__).parent / "methods"
-    known = {card["key"]: path for path in sorted(home.rglob("*.py")) for card in _cards(path, home)}
-    if key not in known:
-        raise UnknownName(f"No method {key!r}.", nearest(key, known))
-    return next(c for c in _cards(known[key], home) if c["key"] == key), known[key]
+    paths = sorted(home.rglob("*.py"), key=lambda p: p.stem != key)  # its own file first, where it has one
+    known = []
+    for path in paths:
+        for card in _cards(path, home):
+            if card["key"] == key:
+                return card, path
+            known.append(card["key"])
+    raise UnknownName(f"No method {key!r}.", nearest(key, known))
 
 
 def signature(path: Path, key: str) -> list[dict[str, Any]]:
@@ -85,8 +90,41 @@ def claims(path: Path) -> list[dict[str, str]]:
 
 
 def _cards(path: Path, home: Path) -> list[dict[str, Any]]:
-    body = ast.parse(path.read_text(encoding="utf-8"), str(path)).body
-    bound = {name for node in body for name in _bound(node)}
+    text = path.read_text(encoding="utf-8")
+    if "Card(" not in text:
+        return []
+    found = _cards_of(*_heads(text)) if _CARD.search(text) else None
+    if found is None:
+        body = ast.parse(text, str(path)).body
+        found = _cards_of(body, {name for node in body for name in _bound(node)})
+    return _imported(path, home) if found is None else found
+
+
+_CARD = re.compile(r"^\w+(?:: \w+)? = Card\(", re.MULTILINE)
+_HEAD = re.compile(r"^(?:def|class) (\w+)", re.MULTILINE)
+_ASSIGNED = re.compile(r"^\w+(?::[^=\n]+)? = ", re.MULTILINE)
+_NEXT = re.compile(r"^[^\s)\]}#]", re.MULTILINE)  # where the next statement of a module begins
+
+
+def _heads(text: str) -> tuple[list[ast.stmt] | None, set[str]]:
+    """(the assignments of a module, None where they cannot be cut out; the names that it defines).
+
+    Most of a file are functions, whose bodies need not be parsed.
+    """
+    body: list[ast.stmt] = []
+    for start in _ASSIGNED.finditer(text):
+        end = _NEXT.search(text, start.end())
+        try:
+            body += ast.parse(text[start.start() : end.start() if end else len(text)]).body
+        except SyntaxError:
+            return None, set()
+    return body, {*_HEAD.findall(text), *(name for node in body for name in _bound(node))}
+
+
+def _cards_of(body: list[ast.stmt] | None, bound: set[str]) -> list[dict[str, Any]] | None:
+    """The cards among assignments whose key is ``bound``; None where one is no literal, or the assignments are not known."""
+    if body is None:
+        return None
     known: dict[str, Any] = {}
     out = []
     for name, value in _assignments(body):
@@ -94,7 +132,7 @@ def _cards(path: Path, home: Path) -> list[dict[str, Any]]:
             try:
                 card = _card(value, known)
             except _NoLiteral:
-                return _imported(path, home)
+                return None
             if card["key"] in bound:
                 out.append(card)
             continue

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
+import textwrap
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -59,24 +62,47 @@ def quiet_stdout(on: bool) -> Iterator[None]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[int] = ()) -> str:
-    """Aligned columns; as wide as they need to be where stdout is no terminal."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    """Aligned columns; folded to the width of a terminal, as wide as they need to be elsewhere."""
+    cells = [[str(c).split("\n") for c in row] for row in (header, *rows)]
+    widths = [max(width(line) for row in cells for line in row[i]) for i in range(len(header))]
+    if sys.stdout.isatty():
+        _narrow(widths, shutil.get_terminal_size().columns - GAP * (len(header) - 1))
+        cells = [[[part for line in cell for part in _folded(line, widths[i])] for i, cell in enumerate(row)] for row in cells]
+    numbers, out = set(right), []
+    for row in cells:
+        for at in range(max(map(len, row))):
+            line = [cell[at] if at < len(cell) else "" for cell in row]
+            spaces = [" " * (w - width(part)) for w, part in zip(widths, line, strict=True)]
+            out.append((" " * GAP).join(s + p if i in numbers else p + s
+                                        for i, (p, s) in enumerate(zip(line, spaces, strict=True))).rstrip())  # fmt: skip
+    height = max(map(len, cells[0]))
+    out.insert(height, "─" * (sum(widths) + GAP * (len(header) - 1)))
+    return "\n".join(out)
 
-    made, numbers = Table(box=box.SIMPLE_HEAD, pad_edge=False), set(right)
-    for i, name in enumerate(header):
-        made.add_column(name, justify="right" if i in numbers else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(Text(str(cell)) for cell in row))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        wide = Console(width=100_000)
-        console = Console(highlight=False, width=max(wide.measure(made).maximum, 20))
-    with console.capture() as lines:
-        console.print(made)
-    return "\n".join(line.rstrip() for line in lines.get().strip("\n").splitlines())
+
+GAP = 2  # spaces between columns
+
+
+def width(text: str) -> int:
+    """Columns that a line takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    wide = unicodedata.east_asian_width
+    return sum(0 if unicodedata.combining(c) else 2 if wide(c) in "WF" else 1 for c in text)
+
+
+def _narrow(widths: list[int], room: int) -> None:
+    """Take from the widest columns what is too much."""
+    while sum(widths) > room and max(widths) > 8:
+        at = widths.index(max(widths))
+        widths[at] -= 1
+
+
+def _folded(line: str, room: int) -> list[str]:
+    """Lines of at most ``room`` columns, broken at spaces where there are any."""
+    if width(line) <= room:
+        return [line]
+    return textwrap.wrap(line, max(room // (2 if width(line) > len(line) else 1), 1)) or [""]
 
 
 def size(count: float) -> str:
@@ -135,14 +161,19 @@ class Commands(TyperGroup):
         try:
             code = super().main(args, prog_name or "omnilora", complete_var, False, windows_expand_args, **extra)
         except OmniloraError as error:
-            refuse(error.code, error.message, error.remedy, "--json" in given)
-            code = FAILED if isinstance(error, (MergeRefused, RunError)) else BAD_INPUT
+            code = answer(error, "--json" in given)
         except usage_error as error:
             where = error.ctx.command_path if error.ctx is not None else "omnilora"
             code = refuse("usage", error.format_message(), f"See {where} --help.", "--json" in given)
         except typer.Abort:
             code = 130
         sys.exit(code if isinstance(code, int) else DONE)
+
+
+def answer(error: OmniloraError, as_json: bool) -> int:
+    """Say what went wrong; the exit code."""
+    refuse(error.code, error.message, error.remedy, as_json)
+    return FAILED if isinstance(error, (MergeRefused, RunError)) else BAD_INPUT
 
 
 def refuse(code: str, message: str, remedy: str, as_json: bool) -> int:

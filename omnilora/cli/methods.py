@@ -31,13 +31,13 @@ def list_methods(
 
     --json: an array of {key, title, section, kind, tags, purpose, arxiv, venue}.
     """
-    found = cards.read()
+    every = found = cards.read()
     for word, value in (("section", section), ("kind", kind)):
         known = {c[word] for c in found}
         if value is not None and value not in known:
             raise UnknownName(f"No {word} {value!r}.", nearest(value, known))
         found = [c for c in found if value in (None, c[word])]
-    known = {t for c in cards.read() for t in c["tags"]}
+    known = {t for c in every for t in c["tags"]}
     for name in tag or ():
         if name not in known:
             raise UnknownName(f"No tag {name!r}.", nearest(name, known))

@@ -37,6 +37,7 @@ def train(
     schedule: Annotated[str | None, typer.Option(help="cosine, linear or constant.")] = None,
     max_length: Length = None,
     packing: Annotated[bool | None, typer.Option("--packing", help="Several rows in one sequence.")] = None,
+    padding: Annotated[bool | None, typer.Option("--padding", help="Pad rows even where they can be joined.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the base: auto, fp32, bf16 or fp16.")] = None,
     load_in_4bit: Annotated[bool | None, typer.Option("--load-in-4bit", help="Hold the base in NF4.")] = None,
     gradient_checkpointing: Annotated[bool | None, typer.Option(
@@ -68,7 +69,7 @@ def train(
         config, sets, model=model, method=method, data=data, output=output, eval_data=fraction(eval_data), task=task,
         targets=target, exclude=exclude, unfreeze=unfreeze, bias=bias, epochs=epochs, steps=steps,
         batch_size=batch_size, accumulate=accumulate, lr=lr, schedule=schedule, max_length=max_length,
-        packing=packing, dtype=dtype, load_in_4bit=load_in_4bit, gradient_checkpointing=gradient_checkpointing,
+        packing=packing, padding=padding, dtype=dtype, load_in_4bit=load_in_4bit, gradient_checkpointing=gradient_checkpointing,
         seed=seed, threads=threads, resume=resume or None)  # fmt: skip
     with quiet_stdout(json):
         report = run(made)

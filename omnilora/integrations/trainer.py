@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +21,9 @@ from omnilora.errors import AttachError, BadValue, RunError, need
 from omnilora.integrations.reference import Reference
 from omnilora.training import checkpoint
 from omnilora.training.batches import two_parts
+from omnilora.training.encode import MASKED
 from omnilora.training.loop import freeze_others, optimizer_of
+from omnilora.training.losses import CausalLM
 from omnilora.training.recompute import recomputed_contexts
 from omnilora.training.report import refuse_sharding
 
@@ -37,7 +39,8 @@ def integrate(trainer: type, *, adapter: str | None = None, reference: str | Non
     It builds the optimizer from the method's groups (or the method's own optimizer), drives its rules by the trainer's
     clock, adds their losses, and lets quantized bases train. Checkpoints hold adapter, heads, optimizer and rule state
     and no base weight; resuming goes on exactly. Where the trainer wants a reference model (DPO, GRPO, KTO …), it gets
-    a view of the same weights with the adapter off.
+    a view of the same weights with the adapter off. With the loss of transformers.Trainer itself, language models train
+    without padding and without logits where that is the same; ``trainer.declined`` says why not.
 
     Args:
         trainer: ``transformers.Trainer`` or a class derived from it.
@@ -60,6 +63,7 @@ class Integrated:
     adapter: str | None = None
     reference: str | None = None
     run: Run | None = None
+    declined: dict[str, str] = {}  # what a language model's training did not spare ("padding", "logits") → why
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, nn.Module) or find_hub(model) is None:
@@ -72,6 +76,8 @@ class Integrated:
         method = hub_of(model).values["methods"][self.adapter]
         self._steps, self._micro, self._whole = 0, list[Any](), False
         self._added: list[float] = []
+        self._causal: CausalLM | None = None
+        self._spared = ExitStack()
         share = max((rule.other_share for rule in method.rules), default=0.0)
         with _reference(self, model, kwargs), _trainable(model), recomputed_contexts(model):
             super().__init__(model, *args, **kwargs)
@@ -134,6 +140,8 @@ class Integrated:
             if self.run is not None:
                 self.run.finish()
         finally:
+            self._spared.close()
+            self._causal = None
             if self.run is not None:
                 self.run.close()
             for p in thawed:
@@ -143,7 +151,9 @@ class Integrated:
     # -- the loss ----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        made = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        made = None if return_outputs else self._cheap(model, inputs, num_items_in_batch)
+        if made is None:
+            made = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         run = self.run
         if run is None or hub_of(self.model).run is not run or not (self.model.training and torch.is_grad_enabled()):
             return made
@@ -153,6 +163,36 @@ class Integrated:
             self._added.append(float(extra.detach()))
             loss = loss + extra / (self.current_gradient_accumulation_steps if self._scaled(num_items_in_batch) else 1)
         return (loss, outputs) if isinstance(made, tuple) else loss
+
+    def _cheap(self, model: Any, inputs: Any, items: Any) -> Tensor | None:
+        """The trainer's own loss of a language model in training, without padding and logits; None where that is another."""
+        if not (self._plain_loss() and self.model.training and torch.is_grad_enabled()):
+            return None
+        if set(inputs) != {"input_ids", "attention_mask", "labels"}:
+            self.declined = {"padding": f"the batch holds {sorted(inputs)}"}
+            return None
+        if self._causal is None:
+            self._causal = CausalLM()
+            self._spared.enter_context(self._causal.prepared(self.model, self.run.rules if self.run is not None else ()))
+        assert self._causal.frugal is not None
+        found = self._causal.frugal.total(model, inputs)
+        self.declined = self._causal.declined()
+        if found is None:
+            return None
+        shared = self.model_accepts_loss_kwargs and items is not None
+        loss = found[0] / (items if shared else (inputs["labels"][:, 1:] != MASKED).sum())
+        if shared and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+    def _plain_loss(self) -> bool:
+        """Whether the loss is the mean over learned tokens that transformers' causal models return."""
+        base = need("transformers", "train").Trainer
+        original = next(c for c in type(self).__mro__ if not issubclass(c, Integrated) and "compute_loss" in vars(c))
+        return (original is base and self.label_smoother is None and self.compute_loss_func is None
+                and self.accelerator.mixed_precision == "no" and self.args.n_gpu <= 1
+                and getattr(self.accelerator, "parallelism_config", None) is None
+                and getattr(self.model, "loss_type", None) == "ForCausalLM" and "_loss_function" not in vars(self.model))
 
     def _scaled(self, items: Any) -> bool:
         """Whether a loss is a share of the update already, which the trainer then does not divide again."""

@@ -81,7 +81,7 @@ class Job:
 
     @cached_property
     def task(self) -> Task:
-        return task_of(self.config.task, self.config.temperature)
+        return task_of(self.config.task, self.config.temperature, self.config.padding)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The mean loss of a batch."""

@@ -47,6 +47,7 @@ class TrainConfig:
     tokens: list[str] | None = None  # tokens added to the tokenizer and learned with the adapter
     max_length: int | None = None  # tokens a row; None: 512, or what the model can take if that is less
     packing: bool = False  # several rows in one sequence, without attention or loss across them
+    padding: bool = False  # pad the rows of a batch even where they can be joined without (causal-lm)
     mask_prompt: bool = True  # learn completions only
     template: str = "auto"  # "chat", "plain", a Jinja file; "auto": chat where the tokenizer has a template
     temperature: float = 0.05  # of the contrastive loss on embeddings

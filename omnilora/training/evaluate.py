@@ -45,7 +45,7 @@ def evaluate(
     if tokenizer is None:
         task: Any = Custom(loss) if loss is not None else OwnLoss()
         return evaluate_feed(model, Feed(data, default_collate, config.batch_size, config.seed), task)
-    task = Custom(loss) if loss is not None else task_of(config.task, config.temperature)
+    task = Custom(loss) if loss is not None else task_of(config.task, config.temperature, config.padding)
     rows = read_rows(data, "test")
     labels = _labels(model, config) if config.task == "classification" else None
     _padding(tokenizer)

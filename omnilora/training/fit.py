@@ -111,7 +111,7 @@ def _fit_rows(model: Any, tokenizer: Any, rows: list[Row], held: list[Row] | Non
     length = room(model.config, config)
     made = encode(rows, tokenizer, config, length, labels)
     seen = None if held is None else encode(held, tokenizer, config, length, labels)
-    task = Custom(loss) if loss is not None else task_of(config.task, config.temperature)
+    task = Custom(loss) if loss is not None else task_of(config.task, config.temperature, config.padding)
     collate: Any = Collate(tokenizer.pad_token_id)
     examples = made.examples
     if config.packing:
@@ -236,7 +236,7 @@ def _adapt(parts: Loaded, made: Method, rows: list[Row], config: TrainConfig) ->
     if made.prepare is not None:
         examples = encode(rows, parts.tokenizer, config, int(config.max_length or 512), parts.labels).examples
         feed = Feed(examples, Collate(parts.tokenizer.pad_token_id), config.batch_size, config.seed)
-        device, task = next(parts.model.parameters()).device, task_of(config.task, config.temperature)
+        device, task = next(parts.model.parameters()).device, task_of(config.task, config.temperature, config.padding)
         batches = [to_device(b, device) for b in itertools.islice(feed.epoch(0), PROBED)]
         made, found = prepare(parts.model, made, batches, lambda m, b: task.total(m, b)[0] / task.weight(b), wanted)
         wanted = wanted if found is None else found

@@ -99,9 +99,11 @@ class Loop:
             if self.config.trackers:
                 self.accelerator.init_trackers("omnilora", config=flat(self.config.to_dict()))
             shown = Progress(self.total, run.step, self.config.log_every, self.main)
-            if resumed is None and self.eval_feed is not None:
-                self._evaluate(run, shown, spent, began)
-            self._epochs(run, wrapped, shown, spent, began, resumed)
+            with self.task.prepared(self.model, run.rules):
+                if resumed is None and self.eval_feed is not None:
+                    self._evaluate(run, shown, spent, began)
+                self._epochs(run, wrapped, shown, spent, began, resumed)
+                self.report.declined = self.task.declined()
             self._save(run, spent + time.monotonic() - began)
             self._finish(run)
         finally:
@@ -223,16 +225,16 @@ class Loop:
         made = run.update(micro, loss_of)
         if made is not None:
             return made
-        value = 0.0
+        values = []
         for i, batch in enumerate(micro):
             last = i == len(micro) - 1
             with nullcontext() if last or self.world == 1 else self.accelerator.no_sync(wrapped):
                 loss, outputs = loss_of(batch)
-                value += float(loss.detach())
+                values.append(loss.detach())
                 extra = run.loss(batch, outputs)
                 loss = loss * self.world + extra / len(micro)
                 self.accelerator.backward(loss)
-        return value
+        return sum(v.item() for v in values)
 
     def _update(self, run: Run, wrapped: nn.Module, micro: list[Any], shown: Progress) -> None:
         began = time.perf_counter()

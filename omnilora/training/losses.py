@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from omnilora.core.rule import Rule
 from omnilora.errors import BadValue, RunError
 from omnilora.training.batches import Feed, to_device
 from omnilora.training.encode import MASKED
+from omnilora.training.frugal import Frugal, unwrapped
 
 Batch = Mapping[str, Tensor]
 Scores = dict[str, tuple[Tensor, Tensor]]
@@ -34,6 +37,15 @@ class Task:
         """metric → (sum, weight) of every row: the metric over some rows is Σ sums / Σ weights."""
         total, _ = self.total(model, batch)
         return {"loss": (total.reshape(1), total.new_tensor([self.weight(batch)]))}
+
+    @contextmanager
+    def prepared(self, model: nn.Module, rules: Sequence[Rule] = ()) -> Iterator[None]:
+        """Around many calls of :meth:`total` with one model; ``rules``: of the run that asks."""
+        yield
+
+    def declined(self) -> dict[str, str]:
+        """Inside :meth:`prepared`: what could have been spared and was not → why."""
+        return {}
 
 
 class Figures:
@@ -67,8 +79,7 @@ def macro_f1(pairs: Sequence[tuple[int, int]]) -> float:
 
 
 def _accepts(model: nn.Module, name: str) -> bool:
-    inner = getattr(model, "module", model) if type(model).__name__ == "DistributedDataParallel" else model
-    return name in inspect.signature(inner.forward).parameters
+    return name in inspect.signature(unwrapped(model).forward).parameters
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -86,12 +97,35 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any
 
 
 class CausalLM(Task):
-    """Cross-entropy over learned tokens. Logits are computed only at positions that some row learns from."""
+    """Cross-entropy over learned tokens. Logits are computed only at positions that some row learns from; inside
+    :meth:`prepared` not at all, and rows are joined without ``padding``, where that changes nothing (:class:`Frugal`)."""
+
+    def __init__(self, padding: bool = False) -> None:
+        self.padding = padding
+        self.frugal: Frugal | None = None
+
+    @contextmanager
+    def prepared(self, model: nn.Module, rules: Sequence[Rule] = ()) -> Iterator[None]:
+        if self.frugal is not None:
+            yield
+            return
+        try:
+            with Frugal(unwrapped(model), rules, self._usual, self.padding) as self.frugal:
+                yield
+        finally:
+            self.frugal = None
+
+    def declined(self) -> dict[str, str]:
+        return {} if self.frugal is None else {k: v for k, v in self.frugal.report.items() if v}
 
     def weight(self, batch: Mapping[str, Tensor]) -> float:
         return float((batch["labels"][:, 1:] != MASKED).sum())
 
     def total(self, model: nn.Module, batch: Batch, figures: Figures | None = None) -> tuple[Tensor, Any]:
+        made = None if self.frugal is None else self.frugal.total(model, batch)
+        return self._usual(model, batch) if made is None else made
+
+    def _usual(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
         inputs = model_inputs(model, batch)
         target = batch["labels"][:, 1:]
         where = (target != MASKED).any(0).nonzero().flatten()
@@ -199,11 +233,11 @@ class OwnLoss(Custom):
         return value, outputs
 
 
-def task_of(task: str, temperature: float = 0.05) -> Task:
+def task_of(task: str, temperature: float = 0.05, padding: bool = False) -> Task:
     """The task of a configuration's name."""
     if task == "embedding":
         return Embedding(temperature)
-    return {"causal-lm": CausalLM, "classification": Classification}[task]()
+    return CausalLM(padding) if task == "causal-lm" else Classification()
 
 
 def block_mask(position_ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -263,11 +297,12 @@ def evaluate_feed(model: nn.Module, feed: Feed, task: Task) -> dict[str, float]:
     learning = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        for batch in feed.epoch(0):
-            moved = to_device(batch, device)
-            total, _ = task.total(model, moved, figures)
-            figures.loss += float(total)
-            figures.weight += task.weight(moved)
+        with task.prepared(model):
+            for batch in feed.epoch(0):
+                moved = to_device(batch, device)
+                total, _ = task.total(model, moved, figures)
+                figures.loss += float(total)
+                figures.weight += task.weight(moved)
     finally:
         for module in learning:
             module.training = True

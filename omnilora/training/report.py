@@ -33,6 +33,7 @@ class FitReport:
     checkpoint: str | None = None  # folder of the last checkpoint
     output: str | None = None
     method: str = ""
+    declined: dict[str, str] = field(default_factory=dict)  # "padding", "logits": why a language model's were not spared
 
     @property
     def metrics(self) -> dict[str, float]:
