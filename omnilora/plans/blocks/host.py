@@ -115,8 +115,14 @@ def run(layer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if "layer" in state.refused:
         return forward(*args, **kwargs)
     if hub.visits is not None:
-        hub.visits.update(s.site.name for m in layer.modules() if isinstance(m, Adapted) for group in m.adapters.slots.values() for s in group)
+        hub.visits.update(_sites(layer))
     return _pass(layer, state, x, rest, ctx)
+
+
+def _sites(layer: nn.Module) -> Iterator[str]:
+    for module in layer.modules():
+        if isinstance(module, Adapted):
+            yield from (slot.site.name for group in module.adapters.slots.values() for slot in group)
 
 
 def _found(layer: nn.Module) -> State | None:
