@@ -288,10 +288,12 @@ class Base(Op):
     @property
     def plain_weight(self) -> Tensor | None:
         own = getattr(self.forward, "__func__", None) is nn.Linear.forward and not self.args and not self.kwargs
-        if not own or self.y is not None or not self.site.store.dense:
+        if not own or self.y is not None:
             return None
-        learns = [p for p in self.layer.parameters(recurse=False) if p.requires_grad]
-        return None if learns else self.site.store.read()
+        store = self.site.store
+        if not store.dense or any(p is not None and p.requires_grad for p in self.layer._parameters.values()):
+            return None
+        return store.read()
 
 
 class BaseLinear(Op):

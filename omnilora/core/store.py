@@ -126,6 +126,7 @@ def register(matches: Matcher, store: type[Store]) -> None:
 
 
 _imported = False
+PLAIN = frozenset({nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d})  # themselves, with a plain parameter: no backend
 
 
 def _import_backends() -> None:
@@ -147,6 +148,9 @@ def store_named(name: str) -> type[Store]:
 
 def store_of(layer: nn.Module, name: str = "weight") -> Store:
     """The store of a layer's parameter."""
+    cls = type(layer)
+    if vars(cls).get("_base", cls) in PLAIN and type(layer._parameters.get(name)) is nn.Parameter:
+        return Dense(layer, name)
     if not _imported:
         _import_backends()
     for matches, store in _backends:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,25 +91,25 @@ def serves(*tensors: Tensor) -> bool:
     first = tensors[0].dtype
     if first not in DTYPES or library() is None:
         return False
-    return all(t.device.type == "cpu" and t.dtype == first and t.is_contiguous() for t in tensors)
+    for t in tensors:
+        if t.dtype is not first or not t.is_contiguous() or t.device.type != "cpu":
+            return False
+    return True
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
     """Run ``name_f32`` or ``name_bf16``. Tensors go as pointers (None: null), integers as 64 bits, floats as 32."""
-    function = _function(f"{name}_{DTYPES[dtype]}")
-    function(*[_argument(a) for a in arguments])
+    function = _functions.get((name, dtype)) or _function(name, dtype, arguments)
+    function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
 
 
-@lru_cache(maxsize=64)
-def _function(name: str) -> ctypes._NamedFuncPointer:
-    found = getattr(library(), name)
+_functions: dict[tuple[str, torch.dtype], Any] = {}
+
+
+def _function(name: str, dtype: torch.dtype, arguments: tuple[Any, ...]) -> Any:
+    found = getattr(library(), f"{name}_{DTYPES[dtype]}")
     found.restype = None
-    return found  # type: ignore[no-any-return]
-
-
-def _argument(value: Tensor | int | float | None) -> ctypes._SimpleCData[object]:
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())  # type: ignore[return-value]
-    if value is None:
-        return ctypes.c_void_p(None)  # type: ignore[return-value]
-    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)  # type: ignore[return-value]
+    found.argtypes = [ctypes.c_void_p if a is None or isinstance(a, Tensor) else ctypes.c_float if isinstance(a, float) else ctypes.c_int64
+                      for a in arguments]  # fmt: skip
+    _functions[name, dtype] = found
+    return found

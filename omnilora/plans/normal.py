@@ -9,7 +9,7 @@ factors are ordinary operations upstream. A tree that does not lower is applied 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,7 @@ from omnilora.core.op import Chain, Dropout, Gate, Op, Part, Rows, Scaled, Shift
 from omnilora.core.site import Base, BaseLinear
 
 
-@dataclass(frozen=True, eq=False)
-class Low:
+class Low(NamedTuple):
     """One low-rank term. ``gates``: functions of the layer's input that give factors of D, (…, r). ``p``: dropout of x."""
 
     B: Tensor
@@ -35,8 +34,7 @@ class Low:
         return self.A.shape[0]
 
 
-@dataclass(frozen=True, eq=False)
-class Normal:
+class Normal(NamedTuple):
     """``base``: the map before the low-rank terms, applied by itself; None: nothing. It has its offset unless it says otherwise."""
 
     base: Op | None = None
@@ -58,7 +56,7 @@ def lower(op: Op) -> Normal | None:
         return _chain(op)  # type: ignore[arg-type]
     if kind is Shift:
         inner = lower(op.op)  # type: ignore[attr-defined]
-        return None if inner is None else replace(inner, b=_plus(inner.b, op.c))  # type: ignore[attr-defined]
+        return None if inner is None else inner._replace(b=_plus(inner.b, op.c))  # type: ignore[attr-defined]
     if kind is Splice:
         return _splice(op)  # type: ignore[arg-type]
     return None
@@ -73,7 +71,7 @@ def _sum(op: Sum) -> Normal | None:
     if left is None or right is None or right.base is not None or right.c is not None:
         return None
     if left.c is None:
-        return replace(left, low=left.low + right.low, b=_plus(left.b, right.b))
+        return Normal(left.base, left.low + right.low, None, _plus(left.b, right.b))
     return None  # c would have to be divided out of the new term
 
 
@@ -82,10 +80,10 @@ def _scaled(op: Scaled) -> Normal | None:
     if inner is None or inner.base is not None or inner.c is not None or inner.b is not None:
         return None
     if not isinstance(s, Tensor):
-        return replace(inner, low=tuple(replace(k, s=k.s * s) for k in inner.low))
+        return Normal(low=tuple(Low(k.B, k.A, k.s * s, k.D, k.gates, k.p) for k in inner.low))
     if s.dim() > 0:
         return None
-    return replace(inner, low=tuple(replace(k, B=k.B * s.to(k.B.dtype)) for k in inner.low))
+    return Normal(low=tuple(Low(k.B * s.to(k.B.dtype), k.A, k.s, k.D, k.gates, k.p) for k in inner.low))
 
 
 def _chain(op: Chain) -> Normal | None:
@@ -136,7 +134,7 @@ def _turned(op: Chain, last: Op) -> Normal | None:
     b = inner.b
     for link in reversed(front):
         b = None if b is None else link * b  # type: ignore[operator]
-    return replace(inner, c=c, b=b)
+    return inner._replace(c=c, b=b)
 
 
 def _splice(op: Splice) -> Normal | None:
@@ -154,8 +152,8 @@ def _splice(op: Splice) -> Normal | None:
     def padded(t: Tensor) -> Tensor:
         return F.pad(t, around) if t.dim() == 1 else F.pad(t, (0, 0, *around))
 
-    low = tuple(replace(k, B=padded(k.B)) for k in part.low)
-    return replace(whole, low=whole.low + low, b=_plus(whole.b, None if part.b is None else padded(part.b)))
+    low = tuple(k._replace(B=padded(k.B)) for k in part.low)
+    return whole._replace(low=whole.low + low, b=_plus(whole.b, None if part.b is None else padded(part.b)))
 
 
 def _fan_out(base: Base | BaseLinear) -> int:

@@ -59,16 +59,32 @@ class Drop:
         return self.p > 0.0
 
 
+def scaled_(h: Tensor, lines: tuple[Line, ...], where: list[slice]) -> Tensor:
+    """h (tokens, ΣR), each line's part by its s, in place."""
+    factors = {k.s for k in lines if k.A is not None}
+    if len(factors) == 1:
+        (s,) = factors
+        return h if s == 1.0 else h.mul_(s)
+    for line, span in zip(lines, where):
+        if line.A is not None and line.s != 1.0:
+            h[:, span].mul_(line.s)
+    return h
+
+
 class Kept(NamedTuple):
-    """What a forward pass leaves: h (tokens, ΣR) of all lines; of those with magnitudes y = c ⊙ z, or z where b is added."""
+    """What a forward pass leaves: s h (tokens, ΣR) of all lines; of those with magnitudes y = c ⊙ z, or z where b is added."""
 
     h: Tensor | None
     y: tuple[Tensor | None, ...]
 
 
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype is dtype else t.to(dtype)
+
+
 def stacked(lines: tuple[Line, ...], dtype: torch.dtype) -> Tensor | None:
     """All A's, (ΣR, in)."""
-    parts = [k.A.to(dtype) for k in lines if k.A is not None]
+    parts = [cast(k.A, dtype) for k in lines if k.A is not None]
     return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -85,15 +101,17 @@ def spans(lines: tuple[Line, ...]) -> list[slice]:
 def forward(x: Tensor, lines: tuple[Line, ...], dropped: Drop, into: Tensor | None = None) -> tuple[list[Tensor], Kept]:
     """x (tokens, in) → every y (tokens, out). ``into`` (one line): the base's product is added to this tensor, out of place."""
     a = stacked(lines, x.dtype)
-    h = None if a is None else (drop(x, dropped.seed, dropped.p) if dropped else x) @ a.t()
+    where = spans(lines)
+    h = None if a is None else scaled_((drop(x, dropped.seed, dropped.p) if dropped else x) @ a.t(), lines, where)
     ys, magnified = [], []
-    for line, span in zip(lines, spans(lines)):
+    for line, span in zip(lines, where):
         y = _based(x, line, into)
         if line.B is not None:
             u = line.h if line.A is None else h[:, span]  # type: ignore[index]
-            u = u if line.D is None else u * line.D.to(u.dtype)
-            b = line.B.to(u.dtype).t()
-            y = torch.addmm(y, u, b, alpha=line.s) if line.W is None else y.addmm_(u, b, alpha=line.s)
+            u = u if line.D is None else u * cast(line.D, u.dtype)
+            b = cast(line.B, u.dtype).t()
+            alpha = line.s if line.A is None else 1.0
+            y = torch.addmm(y, u, b, alpha=alpha) if line.W is None else y.addmm_(u, b, alpha=alpha)
         elif line.W is None and (line.c is not None or line.b is not None):
             y = y.clone()
         if line.c is not None and not divides(line, y.dtype):
@@ -173,6 +191,8 @@ def backward(gs: tuple[Tensor | None, ...], lines: tuple[Line, ...], dropped: Dr
             else:
                 gh[:, span] = part  # type: ignore[index]
         out += grads
+    if gh is not None:
+        scaled_(gh, lines, where)
     if gh is not None and want.x:
         if dropped:
             through = gh @ a  # type: ignore[operator]
@@ -183,12 +203,13 @@ def backward(gs: tuple[Tensor | None, ...], lines: tuple[Line, ...], dropped: Dr
 
 
 def _narrow(g: Tensor, line: Line, h: Tensor | None, wants: tuple[bool, ...], grads: list[Tensor | None]) -> Tensor:
-    """Gradients of B and D into ``grads``; that of h."""
-    b, diagonal = line.B.to(g.dtype), None if line.D is None else line.D.to(g.dtype)  # type: ignore[union-attr]
+    """Gradients of B and D into ``grads``; that of h. ``h`` carries s where it was made here, and its gradient does not yet."""
+    b, diagonal = cast(line.B, g.dtype), None if line.D is None else cast(line.D, g.dtype)  # type: ignore[arg-type]
     if wants[B]:
         u = h if diagonal is None else h * diagonal
-        grads[B] = (u.t() @ g).mul_(line.s).to(line.B.dtype).t()  # type: ignore[union-attr]
-    part = (g @ b).mul_(line.s)
+        dB = u.t() @ g
+        grads[B] = cast(dB if line.A is not None else dB.mul_(line.s), line.B.dtype).t()  # type: ignore[union-attr]
+    part = g @ b if line.A is not None else (g @ b).mul_(line.s)
     if diagonal is not None:
         if wants[D]:
             dD = part * h
@@ -205,7 +226,7 @@ def narrow_side(gh: Tensor | None, x: Tensor | None, lines: tuple[Line, ...], dr
     dA = gh.t() @ (drop(x, dropped.seed, dropped.p) if dropped else x)  # type: ignore[arg-type]
     for i, (line, span, wants) in enumerate(zip(lines, spans(lines), want.lines)):
         if wants[A]:
-            out[i * LEARNED + A] = dA[span].to(line.A.dtype)  # type: ignore[union-attr]
+            out[i * LEARNED + A] = cast(dA[span], line.A.dtype)  # type: ignore[union-attr]
 
 
 def formula(x: Tensor, lines: tuple[Line, ...], dropped: Drop) -> list[Tensor]:
@@ -216,7 +237,7 @@ def formula(x: Tensor, lines: tuple[Line, ...], dropped: Drop) -> list[Tensor]:
         y = line.y0 if line.W is None else F.linear(x, line.W, line.bias)
         if line.B is not None:
             u = line.h if line.A is None else F.linear(xd, line.A.to(x.dtype))
-            u = u if line.D is None else u * line.D.to(u.dtype)
+            u = u if line.D is None else u * cast(line.D, u.dtype)
             y = y + line.s * F.linear(u, line.B.to(u.dtype))  # type: ignore[union-attr,operator]
         y = y if line.c is None else y * line.c.to(y.dtype)  # type: ignore[union-attr]
         ys.append(y if line.b is None else y + line.b.to(y.dtype))  # type: ignore[union-attr,operator]

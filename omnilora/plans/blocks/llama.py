@@ -46,12 +46,12 @@ def fits(layer: nn.Module) -> bool:
             and all(hasattr(attention, n) for n in ("head_dim", "scaling", "config", "layer_idx")) and hasattr(pair, "act_fn"))  # fmt: skip
 
 
-def inner(layer: Any) -> list[nn.Module]:
+def inner(layer: nn.Module) -> list[nn.Module]:
     """The modules whose forwards a fused pass does not call."""
-    attn, mlp = layer.self_attn, layer.mlp
-    names = ("gate_proj", "up_proj", "down_proj", "act_fn")
-    return [attn, mlp, layer.input_layernorm, layer.post_attention_layernorm, attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj,
-            *(m for n in names if (m := mlp._modules.get(n)) is not None)]  # fmt: skip
+    own: Any = layer._modules
+    attn, mlp = own["self_attn"]._modules, own["mlp"]._modules
+    return [own["self_attn"], own["mlp"], own["input_layernorm"], own["post_attention_layernorm"],
+            *(m for n, m in attn.items() if n not in HEAD_NORMS), *(m for m in mlp.values() if m is not None)]  # fmt: skip
 
 
 # -- norms and activations, by trial ----------------------------------------------------------------------------------------

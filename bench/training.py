@@ -1,0 +1,183 @@
+"""Training steps as ratios to the frozen model of the library it comes from, with what each step keeps.
+
+    python bench/training.py [--only fp32,bf16,smollm,sites,methods] [--rounds 7] [--quick] [--out bench/results/training.json]
+
+A step is forward, loss, and backward to the input's embeddings. "frozen" is transformers' own model with its own loss. PEFT runs
+as users run it, and with every layer compiled and our chunked loss. Ours runs with the loss that ``ol.fit`` takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from common import LINEAR, interleave, kept_bytes, llama, machine, ratios, show, smollm, write
+from torch import Tensor, nn
+
+import omnilora as ol
+from omnilora.training.frugal import head_of
+
+Variant = tuple[nn.Module, Callable[[nn.Module], Tensor]]
+
+
+def whole_loss(ids: Tensor) -> Callable[[nn.Module], Tensor]:
+    def loss(model: Any) -> Tensor:
+        x = model.get_input_embeddings()(ids).detach().requires_grad_()
+        return model(inputs_embeds=x, labels=ids).loss
+
+    return loss
+
+
+def lean_loss(ids: Tensor) -> Callable[[nn.Module], Tensor]:
+    """The chunked loss that makes no logits."""
+    labels = torch.cat((ids[:, 1:], ids.new_full((len(ids), 1), -100)), 1)
+
+    def loss(model: Any) -> Tensor:
+        head = head_of(getattr(model, "base_model", model).model if isinstance(model, peft.PeftModel) else model)
+        assert not isinstance(head, str), head
+        x = model.get_input_embeddings()(ids).detach().requires_grad_()
+        with head.caught() as seen:
+            model(inputs_embeds=x, logits_to_keep=torch.empty(0, dtype=torch.long))
+        return head.loss(seen[0], labels) / (labels != -100).sum()
+
+    return loss
+
+
+def theirs(base: nn.Module, r: int, **options: Any) -> nn.Module:
+    config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=LINEAR, **options)
+    return peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False).train()
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    for layer in model.base_model.model.model.layers:  # type: ignore[union-attr]
+        layer.compile()
+    return model
+
+
+def ours(base: nn.Module, key: str, **hyper: Any) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ol.adapt(copy.deepcopy(base), ol.method(key, **hyper)).train()
+
+
+def measure(title: str, variants: dict[str, Variant], rounds: int) -> dict[str, Any]:
+    def step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+        loss(model).backward()
+
+    def clear() -> None:
+        for model, _ in variants.values():
+            model.zero_grad()
+
+    table = ratios(interleave({n: (lambda v=v: step(*v)) for n, v in variants.items()}, rounds, clear), "frozen")
+    for name, (model, loss) in variants.items():
+        table[name]["kept MiB"] = kept_bytes(model, lambda model=model, loss=loss: loss(model)) / 2**20
+    show(title, table)
+    return table
+
+
+def frozen(base: nn.Module, ids: Tensor) -> dict[str, Variant]:
+    return {"frozen": (copy.deepcopy(base).requires_grad_(False).train(), whole_loss(ids))}
+
+
+def lora(base: nn.Module, ids: Tensor, r: int, rounds: int, title: str, with_compiled: bool = True) -> dict[str, Any]:
+    whole, lean = whole_loss(ids), lean_loss(ids)
+    variants = frozen(base, ids) | {"peft lora": (theirs(base, r), whole), "omnilora lora": (ours(base, "lora", r=r), lean)}
+    variants["omnilora lora, their loss"] = (variants["omnilora lora"][0], whole)
+    if with_compiled:
+        variants["peft lora, compiled, our loss"] = (compiled(theirs(base, r)), lean)
+    return measure(title, variants, rounds)
+
+
+def methods(base: nn.Module, ids: Tensor, rounds: int, title: str) -> dict[str, Any]:
+    whole, lean = whole_loss(ids), lean_loss(ids)
+    vera = peft.get_peft_model(copy.deepcopy(base), peft.VeraConfig(r=64, target_modules=LINEAR)).train()
+    variants = frozen(base, ids) | {
+        "omnilora lora": (ours(base, "lora", r=16), lean),
+        "peft lora + dropout": (theirs(base, 16, lora_dropout=0.05), whole),
+        "omnilora lora + dropout": (ours(base, "lora", r=16, dropout=0.05), lean),
+        "peft dora": (theirs(base, 16, use_dora=True), whole), "omnilora dora": (ours(base, "dora", r=16), lean),
+        "peft vera": (vera, whole), "omnilora vera": (ours(base, "vera", r=64), lean),
+        "omnilora tensor train": (ours(base, "loretta_rep", r=16), lean),
+        "omnilora 4 experts": (ours(base, "molora", experts=4, r=8, top_k=2), lean),
+    }  # fmt: skip
+    return measure(title, variants, rounds)
+
+
+def sites(rounds: int, quick: bool) -> dict[str, Any]:
+    """Architectures without a block plan: an encoder and a convolutional net."""
+    torch.manual_seed(0)
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256, "num_attention_heads": 4}
+    config = transformers.BertConfig(vocab_size=2000, **(small if quick else {"num_hidden_layers": 6, "hidden_size": 384,
+                                                                              "intermediate_size": 1536, "num_attention_heads": 6}))  # fmt: skip
+    bert = transformers.BertModel(config)
+    ids = torch.randint(0, 2000, (4, 32 if quick else 128))
+
+    def encoder(model: Any) -> Tensor:
+        x = model.get_input_embeddings()(ids).detach().requires_grad_()
+        return model(inputs_embeds=x).last_hidden_state.square().mean()
+
+    linear = ["query", "key", "value", "dense"]
+    out = {"encoder": _against_peft("encoder, 6 layers of width 384", bert, encoder, linear, rounds)}
+    width = 16 if quick else 64
+    net = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), *[m for _ in range(6) for m in (
+        nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))  # fmt: skip
+    images = torch.randn(8, 3, 32, 32)
+
+    def conv(model: nn.Module) -> Tensor:
+        return model(images.clone().requires_grad_()).square().mean()
+
+    names = [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d)]
+    out["conv net"] = _against_peft(f"conv net of width {width}", net, conv, names, rounds)
+    return out
+
+
+def _against_peft(title: str, base: nn.Module, loss: Callable[[Any], Tensor], targets: list[str], rounds: int) -> dict[str, Any]:
+    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets)
+    patterns = targets if isinstance(base, nn.Sequential) else None
+    mine = ol.adapt(copy.deepcopy(base), ol.method("lora", r=16), patterns, exclude=[] if patterns else ["pooler.dense"])
+    other = peft.get_peft_model(copy.deepcopy(base), config).train()
+    variants: dict[str, Variant] = {"frozen": (copy.deepcopy(base).requires_grad_(False).train(), loss), "peft lora": (other, loss),
+                                    "omnilora lora": (mine.train(), loss)}  # fmt: skip
+    return measure(title, variants, rounds)
+
+
+def run(only: set[str], rounds: int, quick: bool) -> dict[str, Any]:
+    shape = (2, 32) if quick else (4, 128)
+    ids = torch.randint(0, 900, shape)
+    out: dict[str, Any] = {}
+    for dtype in ("fp32", "bf16"):
+        if dtype in only:
+            out[f"llama 30M {dtype}"] = lora(llama(quick, dtype), ids, 16, rounds, f"Llama 30 M, r 16, {dtype}", not quick)
+        if "methods" in only and (dtype in only or not only & {"fp32", "bf16"}):
+            out[f"methods {dtype}"] = methods(llama(quick, dtype), ids, rounds, f"Llama 30 M, methods, {dtype}")
+    if "smollm" in only:
+        longer = torch.randint(0, 900, (2, 32) if quick else (4, 256))
+        out["smollm 135M bf16"] = lora(smollm(quick), longer, 8, rounds, "SmolLM2-135M, r 8, bf16", not quick)
+    if "sites" in only:
+        out |= sites(rounds, quick)
+    return out
+
+
+PARTS = ("fp32", "bf16", "smollm", "sites", "methods")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="small models, for a look")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    found = run(set(args.only.split(",")), args.rounds, args.quick)
+    write(args.out, {"machine": machine(), "training": found})
+
+
+if __name__ == "__main__":
+    main()
