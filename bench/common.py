@@ -79,11 +79,16 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return sum(kept.values())
 
 
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
 def machine() -> dict[str, Any]:
-    model = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
-                 platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()  # fmt: skip
-    return {"processor": model, "threads": torch.get_num_threads(), "torch": torch.__version__, "peft": peft.__version__,
-            "transformers": transformers.__version__, "omnilora": ol.__version__}  # fmt: skip
+    fast = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return {"processor": processor(), "bf16 in hardware": fast, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "peft": peft.__version__, "transformers": transformers.__version__, "omnilora": ol.__version__}  # fmt: skip
 
 
 def show(title: str, table: dict[str, dict[str, Any]]) -> None:

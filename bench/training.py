@@ -113,10 +113,9 @@ def methods(base: nn.Module, ids: Tensor, rounds: int, title: str) -> dict[str, 
 def sites(rounds: int, quick: bool) -> dict[str, Any]:
     """Architectures without a block plan: an encoder and a convolutional net."""
     torch.manual_seed(0)
-    small = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256, "num_attention_heads": 4}
-    config = transformers.BertConfig(vocab_size=2000, **(small if quick else {"num_hidden_layers": 6, "hidden_size": 384,
-                                                                              "intermediate_size": 1536, "num_attention_heads": 6}))  # fmt: skip
-    bert = transformers.BertModel(config)
+    d, layers = (64, 2) if quick else (384, 6)
+    bert = transformers.BertModel(transformers.BertConfig(vocab_size=2000, hidden_size=d, num_hidden_layers=layers, intermediate_size=4 * d,
+                                                          num_attention_heads=d // 16))  # fmt: skip
     ids = torch.randint(0, 2000, (4, 32 if quick else 128))
 
     def encoder(model: Any) -> Tensor:
@@ -126,8 +125,8 @@ def sites(rounds: int, quick: bool) -> dict[str, Any]:
     linear = ["query", "key", "value", "dense"]
     out = {"encoder": _against_peft("encoder, 6 layers of width 384", bert, encoder, linear, rounds)}
     width = 16 if quick else 64
-    net = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), *[m for _ in range(6) for m in (
-        nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))  # fmt: skip
+    middle = [m for _ in range(6) for m in (nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())]
+    net = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
     images = torch.randn(8, 3, 32, 32)
 
     def conv(model: nn.Module) -> Tensor:

@@ -91,10 +91,7 @@ def serves(*tensors: Tensor) -> bool:
     first = tensors[0].dtype
     if first not in DTYPES or library() is None:
         return False
-    for t in tensors:
-        if t.dtype is not first or not t.is_contiguous() or t.device.type != "cpu":
-            return False
-    return True
+    return all(t.dtype is first and t.is_contiguous() and t.device.type == "cpu" for t in tensors)
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:

@@ -136,10 +136,12 @@ def _held(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick:
 
 
 def _added(y: Tensor, h: Tensor, bt: Tensor, s: float) -> Tensor:
-    """y (…, out) += s h (…, r) Bᵀ."""
+    """y (…, out) += s h (…, r) Bᵀ, rounded as the general pass rounds."""
+    if s != 1.0:
+        h.mul_(s)
     if y.dim() == 2:
-        return y.addmm_(h, bt, alpha=s)
-    y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), bt, alpha=s)
+        return y.addmm_(h, bt)
+    y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), bt)
     return y
 
 
