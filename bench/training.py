@@ -124,10 +124,10 @@ def sites(rounds: int, quick: bool) -> dict[str, Any]:
 
     linear = ["query", "key", "value", "dense"]
     out = {"encoder": _against_peft("encoder, 6 layers of width 384", bert, encoder, linear, rounds)}
-    width = 16 if quick else 64
+    width = 16 if quick else 256
     middle = [m for _ in range(6) for m in (nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())]
     net = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
-    images = torch.randn(8, 3, 32, 32)
+    images = torch.randn(4, 3, 16, 16)
 
     def conv(model: nn.Module) -> Tensor:
         return model(images.clone().requires_grad_()).square().mean()

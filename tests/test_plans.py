@@ -428,3 +428,35 @@ def test_fits_tells_decoder_layers_from_others():
     assert llama.fits(model_of().model.layers[0])
     assert not llama.fits(nn.TransformerEncoderLayer(8, 2))
     assert not llama.fits(model_of().model.layers[0].mlp)
+
+
+@pytest.mark.parametrize("shape", [(3, {}), (2, {"stride": 2, "padding": 1}), (1, {"dilation": 2}), (2, {"channels_last": True})])
+@pytest.mark.parametrize("key", ["lora", "vera", "tt_lora"])
+def test_convolutions_without_groups_run_as_one_node(key, shape):
+    torch.manual_seed(0)
+    dim, options = shape[0], dict(shape[1])
+    last = options.pop("channels_last", False)
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1](4, 6, 3, **options)
+    model = nn.Sequential(layer, nn.Tanh()).double()
+    ol.adapt(model, ol.method(key, **METHODS[key]), ["0"])
+    shake(model)
+    x = torch.randn(2, 4, *[7, 6, 5][:dim], dtype=torch.float64)
+    x = (x.to(memory_format=torch.channels_last) if last else x).requires_grad_()
+    inputs = [x, *ol.trainable(model)]
+
+    def derived():
+        y = model(x)
+        first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs, allow_unused=True)
+        return [y, *torch.autograd.grad(model(x).sin().sum(), inputs), *first, *(g for g in second if g is not None)]
+
+    nodes, reached = [model[0](x).grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        reached.add(node.name())
+        nodes += [n for n, _ in node.next_functions if n is not None]
+    assert "ConvolutionBackward" in reached
+    with executor.off():
+        want = derived()
+    for a, b in zip(derived(), want, strict=True):
+        assert gap(a, b) < 1e-12

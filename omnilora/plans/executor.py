@@ -16,7 +16,8 @@ from torch import Tensor
 
 from omnilora.core import layer
 from omnilora.core.op import Geometry, Op, like
-from omnilora.core.site import Base
+from omnilora.core.site import Base, ConvGeometry
+from omnilora.plans.convolution import convolved
 from omnilora.plans.elementwise import draw_seed
 from omnilora.plans.node import Dropped, products
 from omnilora.plans.normal import Low, Normal, lower
@@ -57,8 +58,12 @@ def plain(x: Tensor) -> bool:
 
 def execute(op: Op, x: Tensor, geo: Geometry) -> Tensor:
     """op(x), by the fused node where there is one."""
-    if not geo.plain or not plain(x):
+    if not plain(x):
         return op.apply(x, geo)
+    if not geo.plain:
+        found = lower(op) if isinstance(geo, ConvGeometry) else None
+        y = None if found is None else convolved(found, x, geo)
+        return op.apply(x, geo) if y is None else y
     normal = lower(op)
     if normal is None or (not normal.low and normal.c is None) or normal.base is None:
         return op.apply(x, geo)

@@ -1,0 +1,116 @@
+"""An adapted convolution as one node: y = W * x + bias + s B (A * x), B (out, r) at every position.
+
+The wide product is added in place, and only x and the narrow A * x are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omnilora.core.op import Geometry
+from omnilora.core.site import Base, ConvGeometry
+from omnilora.plans.node import derivatives
+from omnilora.plans.normal import Normal
+
+CONV = {nn.Conv1d.forward: F.conv1d, nn.Conv2d.forward: F.conv2d, nn.Conv3d.forward: F.conv3d}
+Options = tuple[Any, ...]  # stride, padding, dilation, groups
+
+
+def convolved(normal: Normal, x: Tensor, geo: Geometry) -> Tensor | None:
+    """y (N, *space, out), features last, where the map is low-rank terms beside a plain convolution of constants; else None."""
+    base = normal.base
+    if not isinstance(geo, ConvGeometry) or not isinstance(base, Base) or normal.c is not None or normal.b is not None or not normal.low:
+        return None
+    if geo.groups != 1 or geo.pad_mode != "zeros" or isinstance(geo.padding, str) or any(k.gates or k.p for k in normal.low):
+        return None
+    layer = base.layer
+    weight = layer._parameters.get("weight")
+    known = getattr(base.forward, "__func__", None) in CONV and not base.args and not base.kwargs and base.y is None
+    if not known or type(weight) is not nn.Parameter or any(p is not None and p.requires_grad for p in layer._parameters.values()):
+        return None
+    if weight.dtype != x.dtype or x.dim() != weight.dim():
+        return None
+    a = [k.A if k.D is None else k.A * k.D.unsqueeze(-1) for k in normal.low]
+    b = [k.B if len(normal.low) == 1 else k.B * k.s for k in normal.low]
+    A, B = (a[0], b[0]) if len(a) == 1 else (torch.cat(a), torch.cat(b, 1))
+    s = normal.low[0].s if len(a) == 1 else 1.0
+    options = (geo.stride, geo.padding, geo.dilation, geo.groups)
+    y: Tensor = Convolution.apply(x, weight.detach(), layer._parameters.get("bias"), A, B, s, options)
+    return geo.features(y)
+
+
+class Convolution(torch.autograd.Function):
+    """x (N, in, *space), weight (out, in, *kernel), A (r, in · kernel), B (out, r) → y (N, out, *space)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float, options: Options) -> Tensor:
+        conv = _conv(x)
+        y = conv(x, weight, bias, *options)
+        h = conv(x, _kernel(A, weight, x.dtype), None, *options)
+        if s != 1.0:
+            h.mul_(s)
+        _add_(y, h, B.to(x.dtype))
+        ctx.s, ctx.options = s, options
+        ctx.save_for_backward(x, weight, A, B, h)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> tuple[Any, ...]:
+        x, weight, A, B, h = ctx.saved_tensors
+        g, needs = gs[0], ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            def again(x: Tensor, A: Tensor, B: Tensor) -> list[Tensor]:
+                return [formula(x, weight, A, B, ctx.s, ctx.options)]
+
+            dx, dA, dB = derivatives(again, (g,), (x, A, B), (needs[0], needs[3], needs[4]))
+            return dx, None, None, dA, dB, None, None
+        bt = B.to(g.dtype).t()
+        gh = torch.bmm(bt.expand(len(g), *bt.shape), g.flatten(2)).view(len(g), len(bt), *g.shape[2:])  # (N, r, *space)
+        if ctx.s != 1.0:
+            gh = gh.mul_(ctx.s)
+        kernel = _kernel(A, weight, g.dtype)
+        dx = _back(g, x, weight, ctx.options, (True, False))[0] if needs[0] else None
+        through, dA, _ = _back(gh, x, kernel, ctx.options, (needs[0], needs[3])) if needs[0] or needs[3] else (None, None, None)
+        dx = dx if dx is None else dx.add_(through)
+        dB = torch.bmm(g.flatten(2), h.flatten(2).mT).sum(0).to(B.dtype) if needs[4] else None
+        return dx, None, None, None if dA is None else dA.flatten(1).to(A.dtype), dB, None, None
+
+
+def _conv(x: Tensor) -> Any:
+    return (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+
+
+def _kernel(A: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return A.to(dtype).view(A.shape[0], *weight.shape[1:])
+
+
+def _points(b: Tensor, like: Tensor) -> Tensor:
+    """A matrix as a convolution of kernel 1."""
+    return b.reshape(*b.shape, *[1] * (like.dim() - 2))
+
+
+def _add_(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
+    """y (N, out, *space) += B h in place, whatever the memory format."""
+    last = torch.channels_last if y.dim() == 4 else None
+    if y.is_contiguous():
+        y.view(*y.shape[:2], -1).baddbmm_(b.expand(len(y), *b.shape), h.flatten(2))
+    elif last is not None and y.is_contiguous(memory_format=last):
+        y.permute(0, 2, 3, 1).view(-1, y.shape[1]).addmm_(h.permute(0, 2, 3, 1).reshape(-1, h.shape[1]), b.t())
+    else:
+        y.add_(_conv(h)(h, _points(b, h)))
+    return y
+
+
+def _back(g: Tensor, x: Tensor, weight: Tensor, options: Options, mask: tuple[bool, bool]) -> Any:
+    stride, padding, dilation, groups = options
+    return torch.ops.aten.convolution_backward(g, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [*mask, False])
+
+
+def formula(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, s: float, options: Options) -> Tensor:
+    """The low-rank part and the base's, without the bias, by differentiable operations."""
+    h = _conv(x)(x, _kernel(A, weight, x.dtype), None, *options)
+    return _conv(x)(x, weight, None, *options) + s * _conv(x)(h, _points(B.to(x.dtype), x))
