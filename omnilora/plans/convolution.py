@@ -107,7 +107,8 @@ def _add_(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
 
 def _back(g: Tensor, x: Tensor, weight: Tensor, options: Options, mask: tuple[bool, bool]) -> Any:
     stride, padding, dilation, groups = options
-    return torch.ops.aten.convolution_backward(g, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [*mask, False])
+    call = torch.ops.aten.convolution_backward
+    return call(g, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [*mask, False])
 
 
 def formula(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, s: float, options: Options) -> Tensor:
