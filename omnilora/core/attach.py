@@ -271,6 +271,7 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
           scales: Mapping[str, float] | None = None) -> Hub:  # fmt: skip
     """Attach slots with the given tensors. Nothing has been touched before; the base is frozen from here on."""
     importlib.import_module("omnilora.plans.executor")  # adapted maps run fused from here on, where they can
+    importlib.import_module("omnilora.plans.rows")  # and so do batches of many adapters
     for site, _ in sites:
         if site.param:
             if type(site.store.parameter).__name__ == "DTensor":
@@ -334,8 +335,10 @@ def _entry(model: nn.Module, args: Any, kwargs: Any) -> None:
     ctx = hub.context()
     if torch.is_grad_enabled() and not ctx.recomputed:
         hub.rowed = ctx.rows is not None
+        hub.written += 1
     if hub.mode != model.training:
         hub.mode, hub.visits = model.training, set()
+        hub.written += 1
     if hub.visits is not None:
         check(model)
         hub.visits = set()

@@ -27,6 +27,7 @@ from omnilora.errors import AttachError, ContextError, NotExpressible
 _made: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
 _making = threading.Lock()
 executor: Callable[[Op, Tensor, Geometry], Tensor] | None = None  # applies an adapted map; None: by its tree
+rows_executor: Callable[..., Any] | None = None  # runs a layer whose rows differ, or says NotImplemented; None: group by group
 
 
 def path_name(name: str) -> str:
@@ -263,6 +264,10 @@ def replaced_tensors(layer: nn.Module, tensors: dict[str, Tensor]) -> Iterator[N
 def _run_rows(layer: Any, mine: Adapters, ctx: Context, rows: RowGroups, forward: Callable[..., Any],
               args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # fmt: skip
     """Each group of rows runs its own tree on its part of x; the base runs once for all."""
+    if rows_executor is not None:
+        y = rows_executor(layer, mine, ctx, rows, forward, args, kwargs)
+        if y is not NotImplemented:
+            return y
     used = {name for group, _ in rows.groups for name, _ in group}
     slots = [s for name in mine.slots if name in used for s in mine.slots[name] if s.site.kind != "source"]
     if not slots:
