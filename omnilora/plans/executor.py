@@ -55,7 +55,7 @@ def execute(op: Op, x: Tensor, geo: Geometry) -> Tensor:
     if not geo.plain or not plain(x):
         return op.apply(x, geo)
     normal = lower(op)
-    if normal is None or not normal.low and normal.c is None or normal.base is None:
+    if normal is None or (not normal.low and normal.c is None) or normal.base is None:
         return op.apply(x, geo)
     p = normal.low[0].p if normal.low else 0.0
     if any(k.p != p for k in normal.low):

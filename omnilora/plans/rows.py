@@ -341,7 +341,7 @@ def _seconds(*calls: Callable[[], None], rounds: int = 9) -> list[float]:
     return least
 
 
-BARE = Plan([], [], [], (0, 0), torch.float64)
+BARE, UNKNOWN = (Plan([], [], [], (0, 0), torch.float64) for _ in range(2))
 
 
 def plan_of(layer: nn.Module, mine: Adapters, batch: Batch, dtype: torch.dtype) -> Plan | None:
@@ -377,8 +377,8 @@ def execute(layer: Any, mine: Adapters, ctx: Context, rows: RowGroups, forward: 
     batch: Batch | None = rows.plans.get("batch")
     if batch is None or batch.mark != mark:
         batch = batch_of(hub, rows, mark)
-    plan = batch.sites.get(mine, BARE)
-    if plan is BARE and mine not in batch.sites or plan is not None and plan is not BARE and (plan.dtype != x.dtype or not plan.fresh()):
+    plan = batch.sites.get(mine, UNKNOWN)
+    if plan is not None and plan is not BARE and (plan is UNKNOWN or plan.dtype != x.dtype or not plan.fresh()):
         plan = batch.sites[mine] = plan_of(layer, mine, batch, x.dtype)
     if plan is None:
         return NotImplemented
