@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from omnilora.core.context import EMPTY, ActiveSet, CheckpointContext, Context, Hub, RowSpec, row_groups
 from omnilora.core.full import Full
-from omnilora.core.layer import Adapted, Adapters, attach_layer, detach_layer
+from omnilora.core.layer import Adapted, Adapters, attach_layer, base_modules, detach_layer
 from omnilora.core.method import Method
 from omnilora.core.parameterization import Parameterization, Slot, Tensors, where_field
 from omnilora.core.site import Site, called_site, is_linear, source_site
@@ -47,7 +47,7 @@ def find_hub(model: nn.Module) -> Hub | None:
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(path, layer) of every adapted layer."""
-    for name, layer in model.named_modules():
+    for name, layer in base_modules(model):
         if isinstance(layer, Adapted):
             yield name, layer
 
@@ -285,9 +285,10 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
         model.register_forward_pre_hook(_entry, with_kwargs=True)
         model.register_forward_hook(_exit)
         hub.values["frozen"] = [n for n, p in model.named_parameters() if p.requires_grad]
-    for path, parameter in model.named_parameters():
-        if ".adapters." not in f".{path}":
-            parameter.requires_grad_(False)
+    for _, layer in base_modules(model):
+        for parameter in layer._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
     pool: dict[str, nn.Parameter] = {}
     made: dict[str, Slot] = {}
     for (site, how), leaves in zip(sites, tensors, strict=True):
@@ -307,6 +308,7 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
         made[site.name] = slot
     _slow_paths(model)
     hub.add(name)
+    hub.values["planned"] = list(dict.fromkeys(s.site.name for s in slots(model)))
     hub.values.setdefault("methods", {})[name] = dataclasses.replace(
         method, store=None, arrange=None, seen={}, fill=None, prepare=None, combine=None, apply=None)
     return hub
@@ -317,7 +319,7 @@ def _nothing(*_: Any) -> None:
 
 
 def _slow_paths(model: nn.Module) -> None:
-    for parent in model.modules():
+    for _, parent in base_modules(model):
         if isinstance(parent, nn.TransformerEncoderLayer):
             for child in (parent.linear1, parent.linear2, parent.self_attn):
                 if isinstance(child, Adapted) and _nothing not in child._forward_hooks.values():
@@ -425,7 +427,6 @@ def activate(model: nn.Module, adapters: RowSpec) -> None:
     if hub.merged:
         raise AttachError("The model is merged.", "Call ol.unmerge(model) first.")
     hub.activate(adapters)
-    hub.values["planned"] = [s.site.name for s in slots(model)]
 
 
 def active(model: nn.Module) -> dict[str, float]:

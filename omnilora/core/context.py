@@ -98,10 +98,11 @@ class Hub:
     def _set_up(self) -> None:
         self.key = id(self)
         self.local = _Local()
+        self.kept: dict[str, Any] = {}  # what executors and loaders keep for this model; never copied or saved
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("local", "key", "run"):
+        for name in ("local", "key", "run", "kept"):
             state.pop(name)
         return state | {"emitted": [], "visits": None if self.visits is None else set()}
 
@@ -146,7 +147,9 @@ class Hub:
 
     def activate(self, spec: RowSpec) -> None:
         self.active = self.resolve(spec)
-        self.weights.copy_(torch.tensor([dict(self.active).get(n, 0.0) for n in self.names]))
+        self.weights.zero_()
+        for name, weight in self.active:
+            self.weights[self.names.index(name)] = weight
         self.changed()
 
     # -- the context of the forward under way ------------------------------------------------------------------------

@@ -192,19 +192,18 @@ class Batch:
         return found
 
 
-_layouts: weakref.WeakKeyDictionary[Hub, OrderedDict[tuple[ActiveSet, ...], dict[Adapters, Plan | None]]] = weakref.WeakKeyDictionary()
-_marks: weakref.WeakKeyDictionary[Hub, Mark] = weakref.WeakKeyDictionary()
-
-
 def batch_of(hub: Hub, rows: RowGroups, mark: Mark) -> Batch:
     """The batch of ``rows``. Plans of layers are shared by all batches with the same sequence of active sets."""
-    if _marks.get(hub) != mark:
-        _layouts[hub], _marks[hub] = OrderedDict(), mark
-    kept, key = _layouts[hub], tuple(active for active, _ in rows.groups)
-    sites = kept.setdefault(key, {})
-    kept.move_to_end(key)
-    while len(kept) > KEPT:
-        kept.popitem(last=False)
+    held = hub.kept.get("rows")
+    if held is None or held[0] != mark:
+        held = hub.kept["rows"] = (mark, OrderedDict())
+    kept: OrderedDict[tuple[ActiveSet, ...], dict[Adapters, Plan | None]] = held[1]
+    key = tuple(active for active, _ in rows.groups)
+    sites = kept.get(key)
+    if sites is None:
+        sites = kept[key] = {}
+        if len(kept) > KEPT:
+            kept.popitem(last=False)
     made = Batch(rows, sites, mark)
     rows.plans["batch"] = made
     return made
