@@ -31,6 +31,7 @@ from omnilora.core.site import Base
 from omnilora.core.state import AdapterState, Combine
 from omnilora.errors import NotExpressible, NotMergeable
 from omnilora.parameterizations.lora import LoRA
+from omnilora.plans.executor import off
 
 KINDS = ("linear", "conv", "embedding", "transposed", "slice", "nf4")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -165,6 +166,7 @@ def parameterization_checks(how: Parameterization, tags: frozenset[str] | None, 
         at = f"{type(how).__name__}-{kind}"
         yield Check(f"{at}-gradcheck", lambda k=kind: _gradients(how, k))  # type: ignore[misc]
         yield Check(f"{at}-dense", lambda k=kind: _dense(how, k, tags))  # type: ignore[misc]
+        yield Check(f"{at}-plan", lambda k=kind: _plan(how, k))  # type: ignore[misc]
         for dtype in dtypes:
             if kind == "nf4" and dtype == torch.float64:
                 continue
@@ -238,6 +240,29 @@ def _dense(how: Parameterization, kind: str, tags: frozenset[str]) -> None:
         close(ba[0] @ ba[1], change.dense(), tolerance, "B A")
         x = torch.randn(3, ba[1].shape[-1], dtype=m.dtype)
         close(change.transpose()(x @ change.dense().mT), x @ change.dense().mT @ change.dense(), tolerance, "transpose")
+
+
+def _plan(how: Parameterization, kind: str) -> None:
+    """However the map is run, it gives its tree's values, gradients and second derivatives."""
+    model = adapted(how, kind, torch.float32 if kind == "nf4" else torch.float64)
+    x = model.sample(3)
+    inputs = ([x.requires_grad_()] if x.is_floating_point() else []) + run.trainable(model)
+    tolerance = 1e-5 if kind == "nf4" else 1e-12
+
+    def found() -> list[Tensor]:
+        y = model(x)
+        if not y.requires_grad:
+            return [y]
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        bent = [g for g in first if g.requires_grad]
+        second = torch.autograd.grad(sum(g.square().sum() for g in bent), inputs, allow_unused=True) if bent else []  # type: ignore[arg-type]
+        again = torch.autograd.grad(model(x).sin().sum(), inputs)
+        return [y, *first, *again, *(t.new_zeros(()) if g is None else g for g, t in zip(second, inputs))]
+
+    with off():
+        want = found()
+    for a, b in zip(found(), want, strict=True):
+        close(a, b, tolerance, "fused plan against its tree")
 
 
 def _start(how: Parameterization, kind: str, dtype: torch.dtype) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omnilora.core import layer as layers
 from omnilora.core.context import EMPTY, ActiveSet, CheckpointContext, Context, Hub, RowSpec, row_groups
 from omnilora.core.full import Full
 from omnilora.core.layer import Adapted, Adapters, attach_layer, base_modules, detach_layer
@@ -307,6 +308,8 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
         how.placed(site, model)
         made[site.name] = slot
     _slow_paths(model)
+    for call in layers.placed:
+        call(model, hub)
     hub.add(name)
     hub.values["planned"] = list(dict.fromkeys(s.site.name for s in slots(model)))
     hub.values.setdefault("methods", {})[name] = dataclasses.replace(
@@ -514,6 +517,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         hub.drop(adapter)
         hub.values.get("methods", {}).pop(adapter, None)
     hub.values["planned"] = [s.site.name for s in slots(model)]
+    for call in layers.removed:
+        call(model)
     if not hub.names:
         _forget(model, hub)
     return model

@@ -28,6 +28,9 @@ _made: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
 _making = threading.Lock()
 executor: Callable[[Op, Tensor, Geometry], Tensor] | None = None  # applies an adapted map; None: by its tree
 rows_executor: Callable[..., Any] | None = None  # runs a layer whose rows differ, or says NotImplemented; None: group by group
+quicken: Callable[[Any, Adapters], Callable[[Tensor], Tensor | None] | None] | None = None  # the short way without gradients
+placed: list[Callable[[nn.Module, Hub], None]] = []  # told of a model after adapters were put on it
+removed: list[Callable[[nn.Module], None]] = []  # and after they were taken off
 
 
 def path_name(name: str) -> str:
@@ -60,9 +63,11 @@ class Adapters(nn.Module):
         self.inner: Callable[..., Any] | None = None  # a forward that was on the instance before us
         self.slots: dict[str, list[Slot]] = {}
         self.merged: dict[str, Tensor] = {}  # dense weights in place of stores that cannot be written
+        self.quick: Callable[[Tensor], Tensor | None] | None = None
+        self.asked = -1  # the hub's epoch at which ``quick`` was made, or found not to be there
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"quick": None, "asked": -1}
 
     def add(self, name: str, slot: Slot) -> None:
         home = path_name(name)
@@ -90,6 +95,11 @@ class Adapted:
     adapters: Adapters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        quick = self.__dict__["_modules"]["adapters"].quick
+        if quick is not None and not kwargs and len(args) == 1 and not torch.compiler.is_compiling():
+            y = quick(args[0])
+            if y is not None:
+                return y
         inner = self.adapters.inner
         return run(self, inner if inner is not None else super().forward, args, kwargs)  # type: ignore[misc]
 
@@ -186,12 +196,14 @@ def run(layer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if hub.merged:
         return forward(*args, **kwargs)
     if torch.is_grad_enabled() and not ctx.recomputed and torch._C._current_graph_task_id() != -1:
-        ctx = _in_backward(hub, ctx)
+        ctx = in_backward(hub, ctx)
     active = hub.active if ctx.active is None else ctx.active
     if hub.visits is not None:
         hub.visits.update(slot.site.name for slots in mine.slots.values() for slot in slots)
     if ctx.rows is not None:
         return _run_rows(layer, mine, ctx, ctx.rows, forward, args, kwargs)
+    if quicken is not None and mine.asked != hub.epoch and not torch.is_grad_enabled():
+        mine.quick, mine.asked = quicken(layer, mine), hub.epoch
     return _run_set(layer, mine, active, ctx, forward, args, kwargs)
 
 
@@ -202,7 +214,7 @@ def _run_merged(layer: Any, mine: Adapters, args: tuple[Any, ...], kwargs: dict[
     return site.native(Matrix(mine.merged["weight"], site.store.offset).apply(x, site.geometry))
 
 
-def _in_backward(hub: Hub, ctx: Context) -> Context:
+def in_backward(hub: Hub, ctx: Context) -> Context:
     """Activation checkpointing runs the layer again, without ``context_fn``: right only if nothing depends on rows."""
     if hub.rowed or ctx.rows is not None:
         raise ContextError("A layer is recomputed in the backward pass, and its rows are not known any more.",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omnilora.core import layer as layers
 from omnilora.core.attach import activate
 from omnilora.core.context import Hub
 from omnilora.core.layer import Adapted, attach_layer, base_modules, blank, path_name
@@ -142,11 +143,15 @@ def again(model: nn.Module, hub: Hub, key: tuple[Any, ...], folder: Path, name: 
     for p in known.base:
         if p.requires_grad:
             p.requires_grad_(False)
-    home = path_name(name)
+    home, fresh = path_name(name), False
     for part in known.parts:
         layer = part.site.layer
-        mine = layer.adapters if isinstance(layer, Adapted) else attach_layer(layer, hub)
-        mine.put(name, home, _slot(part, name, data, layer.training))
+        if not isinstance(layer, Adapted):
+            attach_layer(layer, hub)
+            fresh = True
+        layer.adapters.put(name, home, _slot(part, name, data, layer.training))
+    for call in layers.placed if fresh else ():
+        call(model, hub)
     hub.add(name)
     hub.values.setdefault("methods", {})[name] = known.method
     hub.values["planned"] = list(dict.fromkeys([*hub.values.get("planned", ()), *(p.site.name for p in known.parts)]))

@@ -46,8 +46,10 @@ def rms_backward(dy: Tensor, x: Tensor, w: Tensor, rstd: Tensor, add: Tensor | N
     return (dx if add is None else dx + wide(add)).to(x.dtype)
 
 
-def swiglu(g: Tensor, u: Tensor) -> Tensor:
-    """silu(g) ⊙ u."""
+def gated(g: Tensor, u: Tensor, act: str = "silu") -> Tensor:
+    """act(g) ⊙ u, act "silu" or "gelu_tanh"."""
+    if act == "gelu_tanh":
+        return F.gelu(g, approximate="tanh") * u
     if serves(g, u):
         p = torch.empty_like(g)
         call("swiglu_forward", g.dtype, g, u, p, g.numel())
@@ -55,8 +57,11 @@ def swiglu(g: Tensor, u: Tensor) -> Tensor:
     return F.silu(g) * u
 
 
-def swiglu_backward(dp: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gated_backward(dp: Tensor, g: Tensor, u: Tensor, act: str = "silu") -> tuple[Tensor, Tensor, Tensor]:
     """(dg, du, p) from dp."""
+    if act == "gelu_tanh":
+        on = F.gelu(g, approximate="tanh")
+        return torch.ops.aten.gelu_backward(dp * u, g, approximate="tanh"), dp * on, on * u
     if serves(dp, g, u):
         dg, du, p = torch.empty_like(g), torch.empty_like(g), torch.empty_like(g)
         call("swiglu_backward", g.dtype, dp, g, u, dg, du, p, g.numel())
@@ -67,23 +72,26 @@ def swiglu_backward(dp: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor, T
     return dg.to(g.dtype), (wide(dp) * silu).to(g.dtype), silu.to(g.dtype) * u
 
 
-def rope_(y: Tensor, cosine: Tensor, sine: Tensor, back: bool = False) -> Tensor:
-    """Rotate y (tokens, heads · d) in place by cosine, sine (period, d), tokens numbered modulo the period."""
-    period, d = cosine.shape
-    heads = y.shape[1] // d
-    if serves(y, cosine, sine):
-        call("rope", y.dtype, y, cosine, sine, y.shape[0], period, heads, d, int(back))
+def rope(x: Tensor, cosine: Tensor, sine: Tensor, into: Tensor | None = None, back: bool = False) -> Tensor:
+    """Rotate x (batch, length, heads, d) by tables (batch or 1, length, d); ``back``: by the transposed map. ``into`` (contiguous)
+    may be x itself; the result is contiguous."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if into is None else into
+    batch, length, heads, d = x.shape
+    if serves(y, cosine, sine) and x.dtype == y.dtype and x.device == y.device and x.stride(-1) == 1:
+        table = 0 if cosine.shape[0] == 1 else length * d
+        call("rope", y.dtype, x, y, cosine, sine, batch, length, heads, d, *x.stride()[:3], table, int(back))
         return y
-    parts = y.view(-1, period, heads, d)
-    c, s = cosine.unsqueeze(1), sine.unsqueeze(1)
-    low, high = parts.chunk(2, -1)
+    return y.copy_(rotated(x, cosine, sine, back))
+
+
+def rotated(x: Tensor, cosine: Tensor, sine: Tensor, back: bool = False) -> Tensor:
+    """The same by differentiable operations."""
+    c, s = cosine.unsqueeze(2), sine.unsqueeze(2)
     if back:
-        turned = parts * s
-        moved = torch.cat((turned[..., d // 2 :], -turned[..., : d // 2]), -1)
-    else:
-        moved = torch.cat((-high, low), -1) * s
-    parts.copy_(parts * c + moved)
-    return y
+        low, high = (x * s).chunk(2, -1)
+        return x * c + torch.cat((high, -low), -1)
+    low, high = x.chunk(2, -1)
+    return x * c + torch.cat((-high, low), -1) * s
 
 
 # -- dropout that is made again from its seed -----------------------------------------------------------------------------

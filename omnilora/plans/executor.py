@@ -6,6 +6,7 @@ autocast and tensors that are not plain run the tree; ``OMNILORA_PLANS=0`` and :
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,10 @@ def off() -> Iterator[None]:
         yield
     finally:
         _off = before
+
+
+def serves() -> bool:
+    return not _off
 
 
 def plain(x: Tensor) -> bool:
@@ -120,3 +125,5 @@ def diagonal(low: Low, x: Tensor) -> Tensor | None:
 
 
 layer.executor = execute
+layer.quicken = importlib.import_module("omnilora.plans.quick").quicken
+importlib.import_module("omnilora.plans.blocks.host").register()

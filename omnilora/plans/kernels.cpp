@@ -130,28 +130,32 @@ void swiglu_backward(const T* dp, const T* g, const T* u, T* dg, T* du, T* p, in
     }
 }
 
-// In place, y (rows, heads, d): (y₁, y₂) → (y₁ cos₁ − y₂ sin₁, y₂ cos₂ + y₁ sin₂); `back`: the transposed map.
+// x (batch, length, heads, d) of any strides → y contiguous: (x₁, x₂) → (x₁ cos₁ − x₂ sin₁, x₂ cos₂ + x₁ sin₂); `back`: the
+// transposed map. x may be y. The tables (batch or 1, length, d) step by `table` from one batch to the next.
 template <class T>
-void rope(T* y, const T* cosine, const T* sine, int64_t rows, int64_t period, int64_t heads, int64_t d, int64_t back) {
+void rope(const T* x, T* y, const T* cosine, const T* sine, int64_t batch, int64_t length, int64_t heads, int64_t d, int64_t sb,
+          int64_t sl, int64_t sh, int64_t table, int64_t back) {
     int64_t half = d / 2;
 #pragma omp parallel for schedule(static)
-    for (int64_t t = 0; t < rows; ++t) {
-        const T *c = cosine + (t % period) * d, *s = sine + (t % period) * d;
+    for (int64_t t = 0; t < batch * length; ++t) {
+        int64_t n = t / length, l = t % length;
+        const T *c = cosine + n * table + l * d, *s = sine + n * table + l * d;
         for (int64_t h = 0; h < heads; ++h) {
-            T *low = y + (t * heads + h) * d, *high = low + half;
+            const T* from = x + n * sb + l * sl + h * sh;
+            T* to = y + (t * heads + h) * d;
             if (back) {
 #pragma omp simd
                 for (int64_t i = 0; i < half; ++i) {
-                    float a = load(low[i]), b = load(high[i]);
-                    store(low[i], a * load(c[i]) + b * load(s[half + i]));
-                    store(high[i], b * load(c[half + i]) - a * load(s[i]));
+                    float a = load(from[i]), b = load(from[half + i]);
+                    store(to[i], a * load(c[i]) + b * load(s[half + i]));
+                    store(to[half + i], b * load(c[half + i]) - a * load(s[i]));
                 }
             } else {
 #pragma omp simd
                 for (int64_t i = 0; i < half; ++i) {
-                    float a = load(low[i]), b = load(high[i]);
-                    store(low[i], a * load(c[i]) - b * load(s[i]));
-                    store(high[i], b * load(c[half + i]) + a * load(s[half + i]));
+                    float a = load(from[i]), b = load(from[half + i]);
+                    store(to[i], a * load(c[i]) - b * load(s[i]));
+                    store(to[half + i], b * load(c[half + i]) + a * load(s[half + i]));
                 }
             }
         }
@@ -248,8 +252,10 @@ BOTH(swiglu_forward, P, g, u, p, n)
 #define P(T) (const T* dp, const T* g, const T* u, T* dg, T* du, T* p, int64_t n)
 BOTH(swiglu_backward, P, dp, g, u, dg, du, p, n)
 #undef P
-#define P(T) (T * y, const T* cosine, const T* sine, int64_t rows, int64_t period, int64_t heads, int64_t d, int64_t back)
-BOTH(rope, P, y, cosine, sine, rows, period, heads, d, back)
+#define P(T)                                                                                                                 \
+    (const T* x, T* y, const T* cosine, const T* sine, int64_t batch, int64_t length, int64_t heads, int64_t d, int64_t sb, \
+     int64_t sl, int64_t sh, int64_t table, int64_t back)
+BOTH(rope, P, x, y, cosine, sine, batch, length, heads, d, sb, sl, sh, table, back)
 #undef P
 #define P(T) (const T* x, T* y, int64_t n, int64_t s0, int64_t s1, int64_t limit, float scale)
 BOTH(drop, P, x, y, n, s0, s1, limit, scale)

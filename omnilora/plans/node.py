@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from omnilora.plans.elementwise import drop
-from omnilora.plans.product import LEARNED, A, C, Drop, Kept, Line, Wanted, backward, formula, forward
+from omnilora.plans.product import LEARNED, A, C, Drop, Kept, Line, Wanted, backward, formula, forward, narrow_side
 
 
 class Products(torch.autograd.Function):
@@ -31,7 +32,9 @@ class Products(torch.autograd.Function):
         if torch.is_grad_enabled():
             return None, None, *again(gs, x, lines, ctx.dropped, learned, needs)
         gs = tuple(None if g is None else g.contiguous() for g in gs)
-        dx, grads = backward(gs, x, lines, ctx.dropped, Kept(h, tuple(y)), wanted(needs[0], needs[1:]))
+        want = wanted(needs[0], needs[1:])
+        dx, grads, gh = backward(gs, lines, ctx.dropped, Kept(h, tuple(y)), want)
+        narrow_side(gh, x, lines, ctx.dropped, want, grads)
         return None, None, dx, *grads
 
 
@@ -49,17 +52,20 @@ def wanted(x: bool, each: Any) -> Wanted:
 
 
 def again(gs: Any, x: Tensor | None, lines: tuple[Line, ...], dropped: Drop, learned: Any, needs: Any) -> list[Tensor | None]:
-    """Gradients that can be differentiated once more: the formula is run on the inputs themselves."""
-    if x is None:  # nothing but the base reads x: dx = Σ g W, and any x gives it
+    """Gradients that can be differentiated once more."""
+    if x is None:  # no A and no magnitude reads x: dx = Σ g W, the same at every x
         g = next(g for g in gs if g is not None)
-        x = g.new_zeros(g.shape[0], next(k.W for k in lines if k.W is not None).shape[1]).requires_grad_(needs[0]) if any(
-            k.W is not None for k in lines) else g.new_zeros(g.shape[0], 1)  # fmt: skip
-    return derivatives(formula(x, lines, dropped), gs, (x, *learned), needs)
+        width = next((k.W.shape[1] for k in lines if k.W is not None), 1)
+        x = g.new_zeros(g.shape[0], width).requires_grad_(needs[0])
+    return derivatives(lambda x, *learned: formula(x, refilled(lines, learned), dropped), gs, (x, *learned), needs)
 
 
-def derivatives(ys: Any, gs: Any, inputs: Any, needs: Any) -> list[Tensor | None]:
-    """Σ gs · ∂ys/∂inputs with a graph of its own, None where it is not asked for."""
-    asked = [t for t, need in zip(inputs, needs) if need]
+def derivatives(f: Callable[..., Sequence[Tensor]], gs: Any, inputs: Any, needs: Any) -> list[Tensor | None]:
+    """Σ gs · ∂f/∂inputs with a graph of its own, None where it is not asked for. Partial derivatives: an input that was made from
+    another one stands for itself."""
+    own = [None if t is None else t.view_as(t) for t in inputs]
+    ys = f(*own)
+    asked = [t for t, need in zip(own, needs) if need]
     pairs = [(y, g) for y, g in zip(ys, gs) if g is not None]
     found = iter(torch.autograd.grad([y for y, _ in pairs], asked, [g for _, g in pairs], create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]

@@ -96,7 +96,7 @@ def forward(x: Tensor, lines: tuple[Line, ...], dropped: Drop, into: Tensor | No
             y = torch.addmm(y, u, b, alpha=line.s) if line.W is None else y.addmm_(u, b, alpha=line.s)
         elif line.W is None and (line.c is not None or line.b is not None):
             y = y.clone()
-        if line.c is not None and not _divides(line, y.dtype):
+        if line.c is not None and not divides(line, y.dtype):
             magnified.append(y)
             y = y * line.c.to(y.dtype)
         else:
@@ -105,11 +105,13 @@ def forward(x: Tensor, lines: tuple[Line, ...], dropped: Drop, into: Tensor | No
             magnified.append(y if line.c is not None else None)
         if line.b is not None:
             y.add_(line.b.to(y.dtype))
+        if into is not None and line.c is not None:
+            y = into + y
         ys.append(y)
     return ys, Kept(h, tuple(magnified))
 
 
-def _divides(line: Line, dtype: torch.dtype) -> bool:
+def divides(line: Line, dtype: torch.dtype) -> bool:
     """Whether z = y / c gives back what the magnitude met, so that z need not be kept beside y."""
     return line.b is None and dtype != torch.float16
 
@@ -136,9 +138,10 @@ class Wanted(NamedTuple):
     lines: tuple[tuple[bool, ...], ...]
 
 
-def backward(gs: tuple[Tensor | None, ...], x: Tensor | None, lines: tuple[Line, ...], dropped: Drop, kept_: Kept,
-             want: Wanted) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
-    """Gradients of x and of the learned tensors (of every line, in order). x may be None where no A learns."""
+def backward(gs: tuple[Tensor | None, ...], lines: tuple[Line, ...], dropped: Drop, kept_: Kept,
+             want: Wanted) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:  # fmt: skip
+    """(dx, gradients of the learned tensors of every line in order, dh (tokens, ΣR)); those of the A's come from
+    :func:`narrow_side`, which alone needs x."""
     some = next(g for g in gs if g is not None)
     a, where = stacked(lines, some.dtype), spans(lines)
     gh = None if a is None else some.new_empty(some.shape[0], a.shape[0])
@@ -155,10 +158,10 @@ def backward(gs: tuple[Tensor | None, ...], x: Tensor | None, lines: tuple[Line,
             grads[OFFSET] = wide(g).sum(0).to(line.b.dtype)
         if line.c is not None:
             c = factor(line.c)
-            divides = _divides(line, g.dtype)
+            divided = divides(line, g.dtype)
             g, total = magnify_backward(g, y, c)  # type: ignore[arg-type]
             if wants[C]:
-                grads[C] = (total / c if divides else total).to(line.c.dtype)
+                grads[C] = (total / c if divided else total).to(line.c.dtype)
         if wants[Y0]:
             grads[Y0] = g
         if want.x and line.W is not None:
@@ -170,9 +173,13 @@ def backward(gs: tuple[Tensor | None, ...], x: Tensor | None, lines: tuple[Line,
             else:
                 gh[:, span] = part  # type: ignore[index]
         out += grads
-    if gh is not None and (any(w[A] for w in want.lines) or want.x):
-        dx = _wide_side(gh, a, x, dx, lines, where, dropped, want, out)  # type: ignore[arg-type]
-    return dx, out
+    if gh is not None and want.x:
+        if dropped:
+            through = gh @ a  # type: ignore[operator]
+            dx = drop_add_(torch.zeros_like(through) if dx is None else dx, through, dropped.seed, dropped.p)
+        else:
+            dx = gh @ a if dx is None else dx.addmm_(gh, a)  # type: ignore[operator,arg-type]
+    return dx, out, gh
 
 
 def _narrow(g: Tensor, line: Line, h: Tensor | None, wants: tuple[bool, ...], grads: list[Tensor | None]) -> Tensor:
@@ -190,20 +197,15 @@ def _narrow(g: Tensor, line: Line, h: Tensor | None, wants: tuple[bool, ...], gr
     return part
 
 
-def _wide_side(gh: Tensor, a: Tensor, x: Tensor | None, dx: Tensor | None, lines: tuple[Line, ...], where: list[slice],
-               dropped: Drop, want: Wanted, out: list[Tensor | None]) -> Tensor | None:  # fmt: skip
-    """Gradients of the A's, and what x gets through them."""
-    if any(w[A] for w in want.lines):
-        dA = gh.t() @ (drop(x, dropped.seed, dropped.p) if dropped else x)  # type: ignore[arg-type]
-        for i, (line, span, wants) in enumerate(zip(lines, where, want.lines)):
-            if wants[A]:
-                out[i * LEARNED + A] = dA[span].to(line.A.dtype)  # type: ignore[union-attr]
-    if not want.x:
-        return None
-    if dropped:
-        through = gh @ a
-        return drop_add_(torch.zeros_like(through) if dx is None else dx, through, dropped.seed, dropped.p)
-    return gh @ a if dx is None else dx.addmm_(gh, a)
+def narrow_side(gh: Tensor | None, x: Tensor | None, lines: tuple[Line, ...], dropped: Drop, want: Wanted,
+                out: list[Tensor | None]) -> None:  # fmt: skip
+    """Gradients of the A's into ``out``."""
+    if gh is None or not any(w[A] for w in want.lines):
+        return
+    dA = gh.t() @ (drop(x, dropped.seed, dropped.p) if dropped else x)  # type: ignore[arg-type]
+    for i, (line, span, wants) in enumerate(zip(lines, spans(lines), want.lines)):
+        if wants[A]:
+            out[i * LEARNED + A] = dA[span].to(line.A.dtype)  # type: ignore[union-attr]
 
 
 def formula(x: Tensor, lines: tuple[Line, ...], dropped: Drop) -> list[Tensor]:

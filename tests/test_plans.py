@@ -1,0 +1,385 @@
+"""Fused plans against the trees that they stand for: values, gradients, second derivatives, dropout, kept bytes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+import omnilora as ol
+from omnilora.contract import shake
+from omnilora.plans import elementwise, executor, native
+from omnilora.plans.blocks import host, llama
+from omnilora.plans.node import Products, products
+from omnilora.plans.product import Drop, Line
+
+METHODS = {
+    "lora": {"r": 4}, "dora": {"r": 4}, "vera": {"r": 8}, "adalora": {}, "molora": {"experts": 3, "r": 2, "top_k": 2},
+    "tt_lora": {}, "lora_fa": {"r": 4}, "tied_lora": {}, "loha": {},
+}  # fmt: skip
+
+
+def gap(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30))
+
+
+# -- a decoder layer with fp64 arithmetic throughout -------------------------------------------------------------------------------
+
+
+class Rms(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(1 + 0.2 * torch.randn(d)), 1e-5
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+def model_of(family="Llama", dtype=torch.float32, layers=2, exact=False, **more):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=32, intermediate_size=80, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        vocab_size=50, **more)  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                p.add_(0.2 * torch.randn_like(p))
+    if exact:
+        for layer in model.model.layers:
+            layer.input_layernorm, layer.post_attention_layernorm = Rms(32).to(dtype), Rms(32).to(dtype)
+    return model.eval()
+
+
+def adapted(key, family="Llama", dtype=torch.float32, exact=False, **more):
+    model = ol.adapt(model_of(family, dtype, exact=exact, **more), ol.method(key, **METHODS.get(key, {})))
+    shake(model, size=0.1)
+    return model
+
+
+def found(model, second=False):
+    """Logits and every first derivative; with ``second`` those of their squares."""
+    torch.manual_seed(1)
+    ids = torch.randint(0, 50, (2, 12))
+    x = model.get_input_embeddings()(ids).detach().requires_grad_()
+    inputs = [x, *ol.trainable(model)]
+    y = model(inputs_embeds=x, use_cache=False).logits
+    first = torch.autograd.grad(y.sin().sum(), inputs, create_graph=second)
+    if not second:
+        return [y.detach(), *first]
+    deeper = torch.autograd.grad(sum(g.square().sum() for g in first), inputs, allow_unused=True)
+    return [y.detach(), *first, *(g for g in deeper if g is not None)]
+
+
+def fused(model):
+    """How many decoder layers run fused."""
+    return sum(not host._plans[m].refused and host._plans[m].block is not None for m in model.modules() if m in host._plans)
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_a_block_gives_its_trees_values_gradients_and_second_derivatives_in_fp64(key):
+    model = adapted(key, dtype=torch.float64, exact=True, attn_implementation="eager")
+    with executor.off():
+        want = found(model, second=True)
+    got = found(model, second=True)
+    assert fused(model) == 2, host.refusals(model)
+    for a, b in zip(got, want, strict=True):
+        assert gap(a, b) < 1e-11
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"])
+@pytest.mark.parametrize("key", ["lora", "dora", "molora"])
+def test_families_run_fused_in_fp32(family, key):
+    model = adapted(key, family)
+    with executor.off():
+        want = found(model)
+    got = found(model)
+    assert fused(model) == 2, host.refusals(model)
+    for a, b in zip(got, want, strict=True):
+        assert gap(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("key", ["lora", "dora"])
+def test_bf16_is_as_close_to_fp32_as_the_tree(key):
+    model = adapted(key)
+    want = found(model)
+    half = copy.deepcopy(model)
+    for name, p in half.named_parameters():
+        if "adapters" not in name:
+            p.data = p.data.bfloat16()
+    got = found(half)
+    with executor.off():
+        tree = found(half)
+    assert fused(half) == 2, host.refusals(half)
+    assert sum(gap(a, b) for a, b in zip(got, want, strict=True)) < 1.1 * sum(gap(a, b) for a, b in zip(tree, want, strict=True))
+
+
+def test_without_native_kernels_the_same_numbers(monkeypatch):
+    model = adapted("dora")
+    want = found(model)
+    monkeypatch.setattr(elementwise, "serves", lambda *t: False)
+    for a, b in zip(found(model), want, strict=True):
+        assert gap(a, b) < 1e-5
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------------------------------
+
+
+def kept(model):
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held = {}
+
+    def pack(t):
+        s = t.untyped_storage()
+        if s.data_ptr() not in own:
+            held[s.data_ptr()] = s.nbytes()
+        return t
+
+    x = torch.randn(2, 16, 32, requires_grad=True)
+    model(inputs_embeds=x, use_cache=False)  # the trial is over
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(inputs_embeds=x, use_cache=False).logits
+    del y
+    return sum(held.values())
+
+
+def test_lora_keeps_seven_narrow_tensors_a_block_and_dropout_nothing_more():
+    """The block's own bytes, and T·r for each of seven adapters."""
+    none = ol.adapt(model_of(), ol.method("lora", r=4))
+    ol.activate(none, None)
+    base, tokens, r, layers = kept(none), 2 * 16, 4, 2
+    assert fused(none) == 2
+    assert kept(ol.adapt(model_of(), ol.method("lora", r=r))) - base == layers * 7 * tokens * r * 4
+    dropped = ol.adapt(model_of(), ol.method("lora", r=r, dropout=0.1)).train()
+    assert kept(dropped) - base == layers * 7 * tokens * r * 4
+
+
+# -- dropout ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_is_the_same_in_both_passes_and_follows_the_generator():
+    torch.manual_seed(3)
+    x, a, b = torch.randn(6, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    w = torch.randn(5, 8, dtype=torch.float64)
+    line = Line(w, None, 0.7, A=a.requires_grad_(), B=b.requires_grad_())
+    dropped = Drop(0.4, elementwise.draw_seed())
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *_: products(x, (line,), dropped)[0], (x, a, b))
+    mask = elementwise.kept(x.shape, dropped.seed, 0.4, x.device)
+    want = F.linear(x, w) + 0.7 * (torch.where(mask, x / 0.6, 0.0) @ a.T) @ b.T
+    assert gap(products(x, (line,), dropped)[0], want) < 1e-12
+    torch.manual_seed(5)
+    first = elementwise.draw_seed()
+    torch.manual_seed(5)
+    assert elementwise.draw_seed() == first and elementwise.draw_seed() != first
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_dropout_masks_have_the_right_rate_and_no_pattern(p):
+    """n = 2²⁰ bits: mean, neighbours, neighbouring seeds, and rows within 5 standard deviations of independence."""
+    shape, n = torch.Size([1024, 1024]), 2**20
+    sigma = (p * (1 - p) / n) ** 0.5
+    masks = [elementwise.kept(shape, (s, 7), p, torch.device("cpu")).double() for s in (0, 1, 2, 123456)]
+    masks.append(elementwise.kept(shape, (0, 8), p, torch.device("cpu")).double())
+    for m in masks:
+        assert abs(m.mean() - (1 - p)) < 5 * sigma
+        assert (m.mean(1) - (1 - p)).abs().max() < 6 * (p * (1 - p) / 1024) ** 0.5
+    centred = [(m - (1 - p)).flatten() for m in masks]
+    for i, u in enumerate(centred):
+        for shift in (1, 2, 64, 1024, 4096):
+            assert abs((u * u.roll(shift)).mean()) < 5 * p * (1 - p) / n**0.5
+        for v in centred[:i]:
+            assert abs((u * v).mean()) < 5 * p * (1 - p) / n**0.5
+
+
+@pytest.mark.skipif(native.library() is None, reason="no native kernels here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_kernels_equal_their_fallbacks(dtype, monkeypatch):
+    torch.manual_seed(0)
+    x, g, add, u = (torch.randn(37, 48).to(dtype) for _ in range(4))
+    w, seed = torch.randn(48).to(dtype), (11, 2**32 - 1)
+    c = torch.randn(48)
+    angle = torch.randn(1, 37, 12)
+    cosine, sine = torch.cat((angle.cos(),) * 2, -1).to(dtype), torch.cat((angle.sin(),) * 2, -1).to(dtype)
+    heads = torch.randn(2, 2, 37, 24).to(dtype).transpose(1, 2)
+
+    def run():
+        y, rstd = elementwise.rms_forward(x, w, 1e-5)
+        z, _ = elementwise.rms_forward(x, w, 1e-5, 1.0, False)
+        return [y, z, rstd, elementwise.rms_backward(g, x, w, rstd, add), elementwise.rms_backward(g, x, w, rstd, None, 1.0),
+                elementwise.gated(x, u), *elementwise.gated_backward(g, x, u), elementwise.rope(heads, cosine, sine),
+                elementwise.rope(heads, cosine, sine, back=True), elementwise.drop(x, seed, 0.3),
+                elementwise.drop_add_(u.clone(), x, seed, 0.3), elementwise.magnify_(x.clone(), c), *elementwise.magnify_backward(g, u, c)]  # fmt: skip
+
+    fast = run()
+    monkeypatch.setattr(elementwise, "serves", lambda *t: False)
+    for a, b in zip(fast, run(), strict=True):
+        assert gap(a, b) < (1e-6 if dtype == torch.float32 else 4e-3)  # bf16 keeps 8 bits: half a unit is 2e-3
+    assert torch.equal(fast[11] == 0, elementwise.drop(x, seed, 0.3) == 0)
+
+
+# -- who is not served -------------------------------------------------------------------------------------------------------------------
+
+
+def calls(model, monkeypatch):
+    """Which projections are called as layers in one training forward."""
+    seen = []
+    was = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: (seen.append(self.out_features), was(self, x))[1])
+    model(input_ids=torch.randint(0, 50, (1, 20)))
+    monkeypatch.undo()
+    return len(seen)
+
+
+def test_a_hook_inside_a_layer_is_called():
+    model = adapted("lora")
+    found(model)
+    heard = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *a: heard.append(1))
+    want = found(model)
+    assert heard == [1]
+    with executor.off():
+        for a, b in zip(found(model), want, strict=True):
+            assert gap(a, b) < 1e-5
+
+
+def test_a_norm_that_learns_and_a_foreign_norm_are_left_alone():
+    model = model_of()
+    ol.adapt(model, ol.method("lora", r=2), unfreeze=["layers.0.input_layernorm"])
+    found(model)
+    assert fused(model) == 1 and any("layers.0" in name for name in host.refusals(model))
+
+    class Other(Rms):
+        def forward(self, x):
+            return super().forward(x) + 0.1
+
+    model = model_of()
+    model.model.layers[1].post_attention_layernorm = Other(32)
+    ol.adapt(model, ol.method("lora", r=2))
+    found(model)
+    assert fused(model) == 1
+
+
+def test_a_layer_that_computes_something_else_is_found_out():
+    model = model_of()
+    first = model.model.layers[0]
+    cls = type(first)
+    odd = type(cls.__name__, (cls,), {"forward": lambda self, hidden_states, **k: 1.01 * cls.forward(self, hidden_states, **k)})
+    first.__class__ = odd
+    ol.adapt(model, ol.method("lora", r=2))
+    found(model)
+    assert "differs" in next(iter(host.refusals(model).values())) and fused(model) == 1
+
+
+def test_layers_keep_their_class_in_copies_and_files_and_get_it_back():
+    model = model_of()
+    cls = type(model.model.layers[0])
+    ol.adapt(model, ol.method("lora", r=2))
+    layer = model.model.layers[0]
+    assert isinstance(layer, cls) and type(layer) is not cls and type(layer).__name__ == cls.__name__
+    shake(model, size=0.1)
+    want = found(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [gap(a, b) for a, b in zip(found(twin), want, strict=True)] == pytest.approx([0] * len(want), abs=1e-5)
+        assert [gap(a, b) for a, b in zip(found(model), want, strict=True)] == pytest.approx([0] * len(want), abs=1e-5)
+    ol.detach(model)
+    assert type(layer) is cls
+
+
+def test_plans_hold_no_layer():
+    model = adapted("lora")
+    found(model)
+    count = len(host._plans)
+    del model
+    gc.collect()
+    assert len(host._plans) <= count - 2
+
+
+def test_gradient_checkpointing_and_a_cache_give_the_same():
+    model = adapted("lora").train()
+    want = found(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for a, b in zip(found(model), want, strict=True):
+        assert gap(a, b) < 1e-6
+    model.gradient_checkpointing_disable()
+    ids = torch.randint(0, 50, (1, 24))
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        first = model(input_ids=ids[:, :20], use_cache=True)
+        rest = model(input_ids=ids[:, 20:], past_key_values=first.past_key_values).logits
+    assert gap(rest, whole[:, 20:]) < 1e-5
+
+
+def test_padding_masks_reach_attention():
+    model = adapted("lora")
+    ids, mask = torch.randint(0, 50, (2, 18)), torch.ones(2, 18, dtype=torch.long)
+    mask[0, :7] = 0
+    got = model(input_ids=ids, attention_mask=mask).logits
+    with executor.off():
+        want = model(input_ids=ids, attention_mask=mask).logits
+    assert gap(got[mask.bool()], want[mask.bool()]) < 1e-5
+
+
+# -- without gradients ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_single_layer_without_gradients_follows_every_change():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5)).eval()
+    ol.adapt(model, ol.method("lora", r=2))
+    shake(model)
+    layer, x = model[0], torch.randn(3, 4, 6)
+    slot = ol.slots(model)[0]
+
+    def same():
+        with torch.no_grad():
+            y = model(x)
+            assert layer.adapters.quick is not None and gap(model(x), y) == 0
+            assert gap(y, F.linear(x, layer.weight, layer.bias) + slot.scale * x @ (slot.B @ slot.A).T) < 1e-6
+
+    same()
+    slot.A.data.mul_(2)
+    same()
+    layer.weight.data = layer.weight.data + 1
+    same()
+    slot.scale = 5.0
+    same()
+    ol.activate(model, None)
+    with torch.no_grad():
+        assert gap(model(x), F.linear(x, layer.weight, layer.bias)) < 1e-6
+    ol.activate(model, "default")
+    same()
+    with torch.no_grad():
+        other = {n: p + 1 for n, p in model.named_parameters()}
+        got = torch.func.functional_call(model, other, x)
+        a, b = (next(v for n, v in other.items() if n.endswith(k)) for k in (".A", ".B"))
+        assert gap(got, F.linear(x, other["0.weight"], other["0.bias"]) + slot.scale * x @ (b @ a).T) < 1e-6
+        heard = []
+        handle = layer.register_forward_hook(lambda *a: heard.append(1))
+        same()
+        handle.remove()
+        assert heard
+    assert copy.deepcopy(model)[0].adapters.quick is None
+
+
+def test_a_node_keeps_x_once_and_nothing_wide():
+    torch.manual_seed(0)
+    x, w = torch.randn(10, 8, requires_grad=True), torch.randn(6, 8)
+    line = Line(w, None, 1.0, A=torch.randn(2, 8, requires_grad=True), B=torch.randn(6, 2, requires_grad=True))
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.shape) or t, lambda t: t):
+        (y,) = products(x, (line,), Drop())
+    assert y.grad_fn.name() == Products.__name__ + "Backward"
+    assert sorted(map(tuple, held)) == [(2, 8), (6, 2), (10, 2), (10, 8)]
+
+
+def test_fits_tells_decoder_layers_from_others():
+    assert llama.fits(model_of().model.layers[0])
+    assert not llama.fits(nn.TransformerEncoderLayer(8, 2))
+    assert not llama.fits(model_of().model.layers[0].mlp)
