@@ -1,6 +1,6 @@
 """Serving against PEFT, as ratios of one interleaved run: many adapters in a batch, prefill, bare rows, loading, switching.
 
-    python bench/serving.py [--rounds 9] [--only decode prefill load] [--dtype fp32 bf16] [--quick] [--busy] [--out bench/results/serving.json]
+    python bench/serving.py [--rounds 9] [--only decode prefill load] [--dtype fp32 bf16] [--quick] [--busy] [--out FILE]
 
 The model is the 30 M Llama of bench/run.py; adapters of ranks 4, 8, 16, 32, 64 in turn on all linear layers (one adapter: 16),
 rows sorted by adapter. Decoding is one step of 32 rows with a cache of 96 positions, prefill one forward of 8 × 128 tokens. A ratio

@@ -64,7 +64,7 @@ def stamps(folder: Path) -> tuple[Stamp, ...] | None:
     """The identity of a folder and of what lies in it; None where it cannot be read."""
     try:
         inside = sorted(e.path for e in os.scandir(folder))
-        return tuple(_stamp(os.stat(p)) for p in (folder, *inside))
+        return (_stamp(os.stat(folder)), *(_stamp(os.stat(p)) for p in inside))
     except OSError:
         return None
 
@@ -121,7 +121,7 @@ def _part(slot: Slot, places: Mapping[int, tuple[nn.Module, str]], raw: bytes, b
     for name, p in slot._parameters.items():
         if p is None or p.dtype != torch.float32 or begin % 4:
             return None
-        data = memoryview(p.detach().numpy()).cast("B")
+        data = _bytes(p.detach())
         at = next((o for o in where.get(tuple(p.shape), ()) if raw[begin + o : begin + o + len(data)] == data), None)
         if at is None or at % 4:
             return None
@@ -130,6 +130,11 @@ def _part(slot: Slot, places: Mapping[int, tuple[nn.Module, str]], raw: bytes, b
     weight = site.store.parameter
     pattern = {k: v for k, v in vars(slot).items() if not k.startswith("_") and k not in ("adapter", "training")}
     return Part(site, parent, child, weight, (weight.data_ptr(), weight._version), pattern, tuple(tensors))
+
+
+def _bytes(t: Tensor) -> memoryview:
+    raw: Any = t.numpy()
+    return memoryview(raw).cast("B")
 
 
 def again(model: nn.Module, hub: Hub, key: tuple[Any, ...], folder: Path, name: str) -> dict[str, Any] | None:
@@ -145,7 +150,7 @@ def again(model: nn.Module, hub: Hub, key: tuple[Any, ...], folder: Path, name: 
             p.requires_grad_(False)
     home, fresh = path_name(name), False
     for part in known.parts:
-        layer = part.site.layer
+        layer: Any = part.site.layer
         if not isinstance(layer, Adapted):
             attach_layer(layer, hub)
             fresh = True
@@ -174,7 +179,7 @@ def _stands(part: Part) -> bool:
 
 def _read(known: Proven) -> memoryview | None:
     """The bytes of the tensors, read into memory of their own."""
-    out = memoryview(torch.empty(known.size, dtype=torch.uint8).numpy())
+    out = _bytes(torch.empty(known.size, dtype=torch.uint8))
     try:
         with open(known.file, "rb", buffering=0) as f:
             before = _stamp(os.fstat(f.fileno()))
