@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import omnilora as ol
-from omnilora.core import proven
+from omnilora.core import files, proven
 
 
 def base(seed=0):
@@ -44,9 +44,9 @@ def quick(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("key", ["lora", "rslora", "dora", "adalora", "vera", "loha"])
+@pytest.mark.parametrize("key", ["lora", "lora B", "rslora", "dora", "adalora", "vera", "loha"])
 def test_the_short_way_gives_what_the_full_way_gives(tmp_path, quick, key):
-    path = made(tmp_path / "a", key)
+    path = made(tmp_path / "a", "lora", train="B") if key == "lora B" else made(tmp_path / "a", key)
     settle()
     model, x = base(), torch.randn(5, 12)
     first = ol.load(model, path, "one")
@@ -66,7 +66,7 @@ def test_the_short_way_gives_what_the_full_way_gives(tmp_path, quick, key):
     ol.save(model, tmp_path / "back", "two")
     for name in os.listdir(path):
         assert (tmp_path / "back" / name).read_bytes() == (path / name).read_bytes()
-    assert key not in ("lora", "rslora") or quick[-1] is not None
+    assert key not in ("lora", "lora B", "rslora") or quick[-1] is not None
 
 
 def test_adapters_that_were_loaded_so_are_like_others(tmp_path, quick):
@@ -139,6 +139,19 @@ def test_anything_that_changed_takes_the_full_way(tmp_path, quick):
     with pytest.raises(ol.errors.BaseMismatch):
         ol.load(model, other, "8")
     assert "8" not in ol.adapters(model) and quick[-1] is None
+
+
+def test_a_manifest_that_changed_takes_the_full_way(tmp_path, quick):
+    path = made(tmp_path / "a", r=4)
+    settle()
+    model = base()
+    ol.load(model, path, "0")
+    ol.load(model, path, "1")
+    assert quick[-1] is not None
+    manifest = path / files.MANIFEST
+    manifest.write_text(manifest.read_text().replace('"scale": 4.0', '"scale": 5.0'))
+    with pytest.raises(ol.errors.OmniloraError, match="content hash"):
+        ol.load(model, path, "2")
 
 
 def test_a_replaced_layer_takes_the_full_way(tmp_path, quick):

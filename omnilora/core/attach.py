@@ -400,6 +400,7 @@ def check(model: nn.Module) -> None:
     for path, layer in hosts(model):
         if "forward" in vars(layer):
             raise AttachError(f"{path}: a forward was set on the adapted layer and hides it.", "Detach first.")
+        same: set[tuple[Any, ...]] = set()  # sites of other adapters at this layer that are the same place
         for group in layer.adapters.slots.values():
             for slot in group:
                 site = slot.site
@@ -410,6 +411,10 @@ def check(model: nn.Module) -> None:
                         raise AttachError(f"{site.name}: the adapter is still on the meta device.",
                                           "Load its tensors (assign=True), or adapt after loading the base.")  # fmt: skip
                     break
+                place = (id(site.layer), site.param, site.region, site.fan_out, site.fan_in, site.layout)
+                if place in same:
+                    continue
+                same.add(place)
                 shape = tuple(site.layout.matrix(torch.empty(site.store.shape(), device="meta")).shape[-2:])
                 rows = site.fan_out if site.region is None else shape[0]
                 if shape != (rows, site.fan_in):

@@ -147,9 +147,10 @@ class Hub:
 
     def activate(self, spec: RowSpec) -> None:
         self.active = self.resolve(spec)
-        self.weights.zero_()
+        strengths = self.weights.numpy()  # the same memory
+        strengths[:] = 0.0
         for name, weight in self.active:
-            self.weights[self.names.index(name)] = weight
+            strengths[self.names.index(name)] = weight
         self.changed()
 
     # -- the context of the forward under way ------------------------------------------------------------------------

@@ -8,10 +8,12 @@ version. Anything else, and any adapter with nested, shared or foreign tensors, 
 
 from __future__ import annotations
 
+import gc
 import os
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,8 +117,10 @@ def _part(slot: Slot, places: Mapping[int, tuple[nn.Module, str]], raw: bytes, b
     site = slot.site
     plain = (site.kind == "linear" and site.called and site.host is None and slot.how.placed.__func__ is Parameterization.placed  # type: ignore[attr-defined]
              and not slot._modules and not slot._buffers and not slot.shared and id(site.layer) in places)  # fmt: skip
-    if not plain or not site.store.dense or site.store.device.type != "cpu" or site.store.carried:
+    store = site.store
+    if not plain or not store.dense or store.device.type != "cpu" or store.carried:
         return None
+    still = slot.how.frozen()
     tensors = []
     for name, p in slot._parameters.items():
         if p is None or p.dtype != torch.float32 or begin % 4:
@@ -125,9 +129,9 @@ def _part(slot: Slot, places: Mapping[int, tuple[nn.Module, str]], raw: bytes, b
         at = next((o for o in where.get(tuple(p.shape), ()) if raw[begin + o : begin + o + len(data)] == data), None)
         if at is None or at % 4:
             return None
-        tensors.append((name, not is_still(name, slot.how.frozen()), at, tuple(p.shape)))
+        tensors.append((name, not is_still(name, still), at, tuple(p.shape)))
     parent, child = places[id(site.layer)]
-    weight = site.store.parameter
+    weight = store.parameter
     pattern = {k: v for k, v in vars(slot).items() if not k.startswith("_") and k not in ("adapter", "training")}
     return Part(site, parent, child, weight, (weight.data_ptr(), weight._version), pattern, tuple(tensors))
 
@@ -149,12 +153,13 @@ def again(model: nn.Module, hub: Hub, key: tuple[Any, ...], folder: Path, name: 
         if p.requires_grad:
             p.requires_grad_(False)
     home, fresh = path_name(name), False
-    for part in known.parts:
-        layer: Any = part.site.layer
-        if not isinstance(layer, Adapted):
-            attach_layer(layer, hub)
-            fresh = True
-        layer.adapters.put(name, home, _slot(part, name, data, layer.training))
+    with _uncollected():
+        for part in known.parts:
+            layer: Any = part.site.layer
+            if not isinstance(layer, Adapted):
+                attach_layer(layer, hub)
+                fresh = True
+            layer.adapters.put(name, home, _slot(part, name, data, layer.training))
     for call in layers.placed if fresh else ():
         call(model, hub)
     hub.add(name)
@@ -166,6 +171,18 @@ def again(model: nn.Module, hub: Hub, key: tuple[Any, ...], folder: Path, name: 
         hub.needs_run[name] = known.method.key
     activate(model, name)
     return dict(known.report)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """A thousand new objects that all live on: collections meanwhile would find nothing, in most of the time."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def _stands(part: Part) -> bool:
