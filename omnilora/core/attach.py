@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from omnilora.core import layer as layers
 from omnilora.core.context import EMPTY, ActiveSet, CheckpointContext, Context, Hub, RowSpec, row_groups
 from omnilora.core.full import Full
-from omnilora.core.layer import Adapted, Adapters, attach_layer, detach_layer
+from omnilora.core.layer import Adapted, Adapters, attach_layer, base_modules, detach_layer
 from omnilora.core.method import Method
 from omnilora.core.parameterization import Parameterization, Slot, Tensors, where_field
 from omnilora.core.site import Site, called_site, is_linear, source_site
@@ -48,7 +48,7 @@ def find_hub(model: nn.Module) -> Hub | None:
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(path, layer) of every adapted layer."""
-    for name, layer in model.named_modules():
+    for name, layer in base_modules(model):
         if isinstance(layer, Adapted):
             yield name, layer
 
@@ -272,6 +272,7 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
           scales: Mapping[str, float] | None = None) -> Hub:  # fmt: skip
     """Attach slots with the given tensors. Nothing has been touched before; the base is frozen from here on."""
     importlib.import_module("omnilora.plans.executor")  # adapted maps run fused from here on, where they can
+    importlib.import_module("omnilora.plans.rows")  # and so do batches of many adapters
     for site, _ in sites:
         if site.param:
             if type(site.store.parameter).__name__ == "DTensor":
@@ -285,9 +286,10 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
         model.register_forward_pre_hook(_entry, with_kwargs=True)
         model.register_forward_hook(_exit)
         hub.values["frozen"] = [n for n, p in model.named_parameters() if p.requires_grad]
-    for path, parameter in model.named_parameters():
-        if ".adapters." not in f".{path}":
-            parameter.requires_grad_(False)
+    for _, layer in base_modules(model):
+        for parameter in layer._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad_(False)
     pool: dict[str, nn.Parameter] = {}
     made: dict[str, Slot] = {}
     for (site, how), leaves in zip(sites, tensors, strict=True):
@@ -309,6 +311,7 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
     for call in layers.placed:
         call(model, hub)
     hub.add(name)
+    hub.values["planned"] = list(dict.fromkeys(s.site.name for s in slots(model)))
     hub.values.setdefault("methods", {})[name] = dataclasses.replace(
         method, store=None, arrange=None, seen={}, fill=None, prepare=None, combine=None, apply=None)
     return hub
@@ -319,7 +322,7 @@ def _nothing(*_: Any) -> None:
 
 
 def _slow_paths(model: nn.Module) -> None:
-    for parent in model.modules():
+    for _, parent in base_modules(model):
         if isinstance(parent, nn.TransformerEncoderLayer):
             for child in (parent.linear1, parent.linear2, parent.self_attn):
                 if isinstance(child, Adapted) and _nothing not in child._forward_hooks.values():
@@ -337,8 +340,10 @@ def _entry(model: nn.Module, args: Any, kwargs: Any) -> None:
     ctx = hub.context()
     if torch.is_grad_enabled() and not ctx.recomputed:
         hub.rowed = ctx.rows is not None
+        hub.written += 1
     if hub.mode != model.training:
         hub.mode, hub.visits = model.training, set()
+        hub.written += 1
     if hub.visits is not None:
         check(model)
         hub.visits = set()
@@ -395,6 +400,7 @@ def check(model: nn.Module) -> None:
     for path, layer in hosts(model):
         if "forward" in vars(layer):
             raise AttachError(f"{path}: a forward was set on the adapted layer and hides it.", "Detach first.")
+        same: set[tuple[Any, ...]] = set()  # sites of other adapters at this layer that are the same place
         for group in layer.adapters.slots.values():
             for slot in group:
                 site = slot.site
@@ -405,6 +411,10 @@ def check(model: nn.Module) -> None:
                         raise AttachError(f"{site.name}: the adapter is still on the meta device.",
                                           "Load its tensors (assign=True), or adapt after loading the base.")  # fmt: skip
                     break
+                place = (id(site.layer), site.param, site.region, site.fan_out, site.fan_in, site.layout)
+                if place in same:
+                    continue
+                same.add(place)
                 shape = tuple(site.layout.matrix(torch.empty(site.store.shape(), device="meta")).shape[-2:])
                 rows = site.fan_out if site.region is None else shape[0]
                 if shape != (rows, site.fan_in):
@@ -425,7 +435,6 @@ def activate(model: nn.Module, adapters: RowSpec) -> None:
     if hub.merged:
         raise AttachError("The model is merged.", "Call ol.unmerge(model) first.")
     hub.activate(adapters)
-    hub.values["planned"] = [s.site.name for s in slots(model)]
 
 
 def active(model: nn.Module) -> dict[str, float]:

@@ -40,6 +40,7 @@ class RowGroups:
     segments: Tensor | None = None
     repeat: int = 1
     batch_dim: int = 0
+    plans: dict[str, Any] = field(default_factory=dict, repr=False)  # what executors keep for these rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,7 @@ class Hub:
         self.active: ActiveSet = ()
         self.weights = torch.zeros(0)  # strength of every attached adapter, in the order of ``names``
         self.epoch = 0  # counts changes of the active set, of tensors by load, of merges
+        self.written = 0  # counts moments at which an adapter's numbers may have moved: a forward with gradients, train ↔ eval
         self.merged: tuple[str, ...] = ()
         self.values: dict[str, Any] = {}  # what rules set for coming forwards: a drawn rank, a step
         self.run: Any = None
@@ -96,10 +98,11 @@ class Hub:
     def _set_up(self) -> None:
         self.key = id(self)
         self.local = _Local()
+        self.kept: dict[str, Any] = {}  # what executors and loaders keep for this model; never copied or saved
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("local", "key", "run"):
+        for name in ("local", "key", "run", "kept"):
             state.pop(name)
         return state | {"emitted": [], "visits": None if self.visits is None else set()}
 
@@ -144,7 +147,10 @@ class Hub:
 
     def activate(self, spec: RowSpec) -> None:
         self.active = self.resolve(spec)
-        self.weights.copy_(torch.tensor([dict(self.active).get(n, 0.0) for n in self.names]))
+        strengths = self.weights.numpy()  # the same memory
+        strengths[:] = 0.0
+        for name, weight in self.active:
+            strengths[self.names.index(name)] = weight
         self.changed()
 
     # -- the context of the forward under way ------------------------------------------------------------------------
@@ -204,14 +210,20 @@ def row_groups(
     groups: dict[ActiveSet, list[int]] = {}
     for i, s in enumerate(sets):
         groups.setdefault(s, []).append(i)
-    gates = torch.tensor([[dict(s).get(n, 0.0) for n in hub.names] for s in sets]).reshape(len(sets), len(hub.names))
+    number = {name: i for i, name in enumerate(hub.names)}
+    entries = [(i, number[name], w) for i, s in enumerate(sets) for name, w in s]
+    gates = torch.zeros(len(sets), len(hub.names))
+    if entries:
+        row, column, weight = zip(*entries)
+        gates[list(row), list(column)] = torch.tensor(weight)
+    which = {s: g for g, s in enumerate(groups)}
+    member = torch.tensor([which[s] for s in sets])
     if segments is None:
         at = tuple((s, torch.tensor(i)) for s, i in groups.items())
     else:
-        flat = segments.reshape(-1)
-        at = tuple((s, torch.isin(flat, torch.tensor(i, device=flat.device)).nonzero().flatten())
-                   for s, i in groups.items())  # fmt: skip
-    member = torch.tensor([list(groups).index(s) for s in sets])
+        of_token = member.to(segments.device)[segments.reshape(-1)]
+        count = torch.bincount(of_token, minlength=len(groups)).tolist()
+        at = tuple(zip(groups, torch.argsort(of_token, stable=True).split(count)))
     return RowGroups(at, gates, member, len(rows), segments, repeat, batch_dim)
 
 

@@ -24,7 +24,9 @@ from safetensors.torch import load as parse
 from safetensors.torch import save as encode
 from torch import Tensor, nn
 
+from omnilora.core import proven
 from omnilora.core import state as states
+from omnilora.core.attach import find_hub, hub_of
 from omnilora.core.fingerprint import Fingerprint
 from omnilora.core.state import AdapterState, Carried
 from omnilora.errors import FileRefused, NotExpressible, OmniloraError, UnknownName
@@ -274,9 +276,7 @@ def load_file(path: str | os.PathLike[str], quota: int = QUOTA, model: nn.Module
     folder of a run stands for its adapter. Where another process replaces the folder meanwhile, it is read again.
     ``model``: the base, for the few files that leave a size to it.
     """
-    folder = Path(path)
-    if not (folder / MANIFEST).exists() and (folder / "adapter" / MANIFEST).exists():
-        folder = folder / "adapter"
+    folder = _of_adapter(Path(path))
     for _ in range(REREADS):
         before = _identity(folder)
         try:
@@ -289,6 +289,11 @@ def load_file(path: str | os.PathLike[str], quota: int = QUOTA, model: nn.Module
         if _identity(folder) == before:
             return state
     raise FileRefused(f"{folder} is replaced faster than it can be read.", "Read it when its writer has finished.")
+
+
+def _of_adapter(folder: Path) -> Path:
+    """The folder of a run stands for its adapter."""
+    return folder if (folder / MANIFEST).exists() or not (folder / "adapter" / MANIFEST).exists() else folder / "adapter"
 
 
 @contextmanager
@@ -417,8 +422,19 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     from omnilora.io import peft
     from omnilora.io.names import placed
 
+    key = (os.path.abspath(path), check_base, part)
+    folder = _of_adapter(Path(path))
+    hub = find_hub(model)
+    if hub is not None and (report := proven.again(model, hub, key, folder, name)) is not None:
+        return report
+    seen = proven.stamps(folder)
     found = load_file(path, quota, model)
     with _typed(Path(path).name):
         read = placed(found, model, part)
         peft.check_facts(model, read)
-        return states.load_state(model, read, name, check_base=check_base)
+        report = states.load_state(model, read, name, check_base=check_base)
+    file = folder / "adapter_model.safetensors"
+    file = file if file.is_file() else folder / NATIVE
+    if (folder / MANIFEST).is_file() and file.is_file() and found.method == read.method:
+        proven.remember(hub_of(model), model, key, seen, file, name, report)
+    return report

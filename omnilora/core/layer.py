@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import torch
@@ -27,6 +27,7 @@ from omnilora.errors import AttachError, ContextError, NotExpressible
 _made: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
 _making = threading.Lock()
 executor: Callable[[Op, Tensor, Geometry], Tensor] | None = None  # applies an adapted map; None: by its tree
+rows_executor: Callable[..., Any] | None = None  # runs a layer whose rows differ, or says NotImplemented; None: group by group
 quicken: Callable[[Any, Adapters], None] | None = None  # finds a layer's short way without gradients
 placed: list[Callable[[nn.Module, Hub], None]] = []  # told of a model after adapters were put on it
 removed: list[Callable[[nn.Module], None]] = []  # and after they were taken off
@@ -35,6 +36,22 @@ removed: list[Callable[[nn.Module], None]] = []  # and after they were taken off
 def path_name(name: str) -> str:
     """An adapter's name as a component of a parameter path: names are data and may hold dots."""
     return quote(name, safe="-_ ").replace(".", "%2E")
+
+
+M = TypeVar("M", bound=nn.Module)
+_plain = vars(nn.Module())
+_containers = [(k, type(v)) for k, v in _plain.items() if isinstance(v, (dict, set))]
+_constants = {k: v for k, v in _plain.items() if not isinstance(v, (dict, set))}
+
+
+def blank(cls: type[M]) -> M:
+    """An object as ``nn.Module.__init__`` leaves it, in a tenth of the time: a serving model makes thousands."""
+    made = cls.__new__(cls)
+    state = made.__dict__
+    state.update(_constants)
+    for name, kind in _containers:
+        state[name] = kind()
+    return made
 
 
 class Adapters(nn.Module):
@@ -59,6 +76,13 @@ class Adapters(nn.Module):
         key = slot.site.key.replace(".", "/")
         self._modules[home].add_module(key, slot)  # type: ignore[union-attr]
         self.slots.setdefault(name, []).append(slot)
+
+    def put(self, name: str, home: str, slot: Slot) -> None:
+        """:meth:`add` for the first slot of an adapter at this layer; ``home``: its :func:`path_name`."""
+        place = blank(nn.Module)
+        place._modules[slot.site.key.replace(".", "/")] = slot
+        self._modules[home] = place
+        self.slots[name] = [slot]
 
     def drop(self, name: str) -> None:
         self.slots.pop(name, None)
@@ -113,6 +137,18 @@ def adapted_class(cls: type) -> type:
 def _blank(base: type) -> Any:
     cls: Any = adapted_class(base)
     return cls.__new__(cls)
+
+
+def base_modules(model: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """``named_modules`` of the model itself: what adapters hold is left out, however many there are."""
+    seen = set() if seen is None else seen
+    if id(model) in seen:
+        return
+    seen.add(id(model))
+    yield prefix, model
+    for name, child in model._modules.items():
+        if child is not None and not isinstance(child, Adapters):
+            yield from base_modules(child, f"{prefix}.{name}" if prefix else name, seen)
 
 
 def attach_layer(layer: nn.Module, hub: Hub) -> Adapters:
@@ -275,6 +311,10 @@ def replaced_tensors(layer: nn.Module, tensors: dict[str, Tensor]) -> Iterator[N
 def _run_rows(layer: Any, mine: Adapters, ctx: Context, rows: RowGroups, forward: Callable[..., Any],
               args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # fmt: skip
     """Each group of rows runs its own tree on its part of x; the base runs once for all."""
+    if rows_executor is not None:
+        y = rows_executor(layer, mine, ctx, rows, forward, args, kwargs)
+        if y is not NotImplemented:
+            return y
     used = {name for group, _ in rows.groups for name, _ in group}
     slots = [s for name in mine.slots if name in used for s in mine.slots[name] if s.site.kind != "source"]
     if not slots:

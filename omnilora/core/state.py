@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from omnilora.core.attach import TiedUse, activate, check, find_hub, hub_of, place, slots
 from omnilora.core.fingerprint import Fingerprint, compare, fingerprint
-from omnilora.core.layer import path_name
+from omnilora.core.layer import base_modules, path_name
 from omnilora.core.method import Method
 from omnilora.core.op import Op
 from omnilora.core.parameterization import Leaf, Parameterization, Tensors, from_config, to_config
@@ -147,7 +147,7 @@ def carried_weights(state: AdapterState, layers: Mapping[str, nn.Module]) -> lis
 
 def site_at(model: nn.Module, name: str, s: SiteState, layers: Mapping[str, nn.Module] | None = None) -> Site:
     """The site of ``model`` that a saved site names. Raises :class:`StateMismatch` where there is none."""
-    layers = dict(model.named_modules()) if layers is None else layers
+    layers = dict(base_modules(model)) if layers is None else layers
     path = name.partition("[")[0] if s.region is not None else name
     made: Site | None = None
     if s.kind == "source":
@@ -172,7 +172,7 @@ def load_state(model: nn.Module, state: AdapterState, name: str = "default", *, 
     hub = find_hub(model)
     if hub is not None and name in hub.names:
         raise AttachError(f"An adapter named {name!r} is already on the model.", "Choose another name or detach it.")
-    layers = dict(model.named_modules())
+    layers = dict(base_modules(model))
     plan = [(site_at(model, n, s, layers), s.how) for n, s in state.sites.items()]
     _peers(plan)
     made = [None if isinstance(s.how, TiedUse) else _leaves(site, s, state)

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from omnilora.core.layer import base_modules
 from omnilora.core.site import called_site
 from omnilora.core.state import AdapterState, SiteState, site_at
 from omnilora.errors import BadValue, NeedsExtra, NotExpressible, StateMismatch, nearest, need
@@ -68,7 +69,7 @@ def placed(state: AdapterState, model: nn.Module, part: str | None = None) -> Ad
     Raises: StateMismatch for a name that the model does not have or that fits several layers, BadValue where the file
     covers several models and ``part`` does not say which this one is.
     """
-    layers = dict(model.named_modules())
+    layers = dict(base_modules(model))
     if not is_raw(state):
         return _sure(state, layers)
     if state.extra[NAMES] == GGUF:

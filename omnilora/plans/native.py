@@ -1,7 +1,7 @@
 """Small C++ kernels for processors, built once at first use and kept in the user's cache; everything runs without them, slower.
 
-The library is plain C functions over pointers, loaded by ctypes: no headers of torch, a few seconds to compile. It shares the
-OpenMP runtime that torch has loaded. ``OMNILORA_NATIVE=0`` turns it off.
+A library for each source file beside this one: plain C functions over pointers, loaded by ctypes, no headers of torch, a few
+seconds to compile. They share the OpenMP runtime that torch has loaded. ``OMNILORA_NATIVE=0`` turns them off.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+KERNELS = "kernels"  # elementwise parts of fused passes
+RAGGED = "ragged"  # low-rank updates of many adapters in one batch
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-std=c++17", "-fPIC", "-shared")
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -42,7 +43,7 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _build() -> Path:
+def _build(source: str) -> Path:
     if os.environ.get("OMNILORA_NATIVE", "1") == "0":
         raise Unavailable("OMNILORA_NATIVE=0")
     if not sys.platform.startswith("linux"):
@@ -50,15 +51,16 @@ def _build() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise Unavailable("no C++ compiler")
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), FLAGS, compiler, _processor(), torch.__version__)).encode()).hexdigest()
-    path = cache_folder() / f"kernels-{key[:16]}.so"
+    code = Path(__file__).with_name(f"{source}.cpp")
+    key = hashlib.sha256(repr((code.read_bytes(), FLAGS, compiler, _processor(), torch.__version__)).encode()).hexdigest()
+    path = cache_folder() / f"{source}-{key[:16]}.so"
     if path.exists():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / "kernels.so"
-            done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=300)
+            made = Path(folder) / f"{source}.so"
+            done = subprocess.run([compiler, *FLAGS, str(code), "-o", str(made)], capture_output=True, text=True, timeout=300)
             if done.returncode != 0:
                 raise Unavailable(f"{compiler} failed: {done.stderr.strip()[-400:]}")
             os.replace(made, path)  # another process may have been faster: both files are the same
@@ -67,23 +69,23 @@ def _build() -> Path:
     return path
 
 
-@lru_cache(maxsize=1)
-def _load() -> tuple[ctypes.CDLL | None, str]:
+@lru_cache(maxsize=8)
+def _load(source: str) -> tuple[ctypes.CDLL | None, str]:
     try:
-        return ctypes.CDLL(str(_build())), ""
+        return ctypes.CDLL(str(_build(source))), ""
     except Unavailable as error:
         return None, str(error)
     except OSError as error:
         return None, f"the library does not load: {error}"
 
 
-def library() -> ctypes.CDLL | None:
-    """The kernels, or None where they cannot be had; :func:`reason` says why."""
-    return _load()[0]
+def library(source: str = KERNELS) -> ctypes.CDLL | None:
+    """The kernels of one source, or None where they cannot be had; :func:`reason` says why."""
+    return _load(source)[0]
 
 
-def reason() -> str:
-    return _load()[1]
+def reason(source: str = KERNELS) -> str:
+    return _load(source)[1]
 
 
 def serves(*tensors: Tensor) -> bool:

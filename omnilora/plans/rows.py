@@ -1,0 +1,399 @@
+"""A batch whose rows have adapters of their own, at one layer: the base runs once for all, then each run of rows gets its terms.
+
+    y_m = W x_m + Σ_a w_a s_a B_a (A_a x_m)      a: the adapters of row m
+
+Few tokens for each adapter: one native call a layer (``ragged.cpp``, sums in fp32), which reads the adapters' own tensors where
+those have the data's dtype, so that nothing can be stale. Many: products of slices of rows, or of all rows with all adapters
+under a mask. Rows without an adapter are neither read nor written. Only without gradients, outside training mode, and where every
+adapter in use is W + a low-rank term; elsewhere the core runs the trees group by group.
+
+Copies (another dtype than the tensors', factors that are computed) are made again when a tensor's version or address, a scale,
+a forward with gradients, train ↔ eval or a step of any optimizer says that numbers may have moved. Whoever writes through
+``.data`` or with a kernel of their own calls :func:`forget`. Importing this module puts :func:`execute` in the core's place.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from omnilora.core import layer as layers
+from omnilora.core.attach import hub_of
+from omnilora.core.context import ActiveSet, Context, Hub, RowGroups
+from omnilora.core.layer import Adapters
+from omnilora.core.op import LINEAR
+from omnilora.core.parameterization import Slot
+from omnilora.core.site import Base
+from omnilora.errors import OmniloraError
+from omnilora.plans import native
+from omnilora.plans.executor import plain
+from omnilora.plans.normal import Low, lower
+
+KEPT = 8  # mixtures of adapters whose layouts a model keeps
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+Mark = tuple[int, int, int]
+
+
+# -- what an adapter adds at a layer --------------------------------------------------------------------------------------
+
+
+class Term(NamedTuple):
+    """s B A: contiguous A (r, in) and B (out, r). ``live``: they are the adapter's own memory. ``source``: the parameters that
+    they are made of, ``seen``: the state of those."""
+
+    A: Tensor
+    B: Tensor
+    s: float
+    live: bool
+    source: tuple[Tensor, ...]
+    seen: list[Any]
+
+
+class _Asked(Mapping[str, Any]):
+    """Side information that notes whether anybody reads it."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked = True
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        self.asked = True
+        return iter(())
+
+    def __len__(self) -> int:
+        self.asked = True
+        return 0
+
+
+_steps = 0  # of all optimizers: fused ones write parameters without a trace in their versions
+
+
+def _count(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count)  # type: ignore[no-untyped-call]
+
+
+def forget(model: nn.Module) -> None:
+    """Drop every copy of an adapter's tensors: for whoever wrote to them through ``.data`` or with a kernel of their own."""
+    hub_of(model).written += 1
+
+
+_made: weakref.WeakKeyDictionary[Slot, tuple[tuple[Any, ...], Term | None]] = weakref.WeakKeyDictionary()
+
+
+def term_of(slot: Slot, layer: nn.Module, dtype: torch.dtype, mark: tuple[int, int]) -> Term | None:
+    """The term of ``slot`` for data of ``dtype``; None where its map is no W + s B A, the same for every input."""
+    key = (dtype, slot.scale, mark)
+    kept = _made.get(slot)
+    if kept is not None and kept[0] == key and (kept[1] is None or state_of(kept[1]) == kept[1].seen):
+        return kept[1]
+    made = _lowered(slot, layer, dtype)
+    _made[slot] = (key, made)
+    return made
+
+
+def state_of(term: Term) -> list[Any]:
+    if term.live:
+        return [t.data_ptr() for t in term.source]
+    return [(t.data_ptr(), t._version) for t in term.source]
+
+
+def _lowered(slot: Slot, layer: nn.Module, dtype: torch.dtype) -> Term | None:
+    site = slot.site
+    if slot.training or site.region is not None or site.kind != "linear" or site.geometry is not LINEAR:
+        return None
+    base, asked = Base(site, layer), _Asked()
+    try:
+        normal = lower(slot.how.adapt(base, slot, Context(side=asked)))
+    except (OmniloraError, NotImplementedError):
+        return None
+    if normal is None or asked.asked or normal.base is not base or normal.c is not None or normal.b is not None:
+        return None
+    if any(k.gates or k.p > 0.0 or (k.D is not None and k.D.dim() != 1) for k in normal.low):
+        return None
+    source = tuple(t for _, t in slot.tensors())
+    if any(t.device.type != "cpu" or not t.is_floating_point() for t in source):
+        return None
+    made = _joined(normal.low, dtype, source, (site.fan_out, site.fan_in))
+    return made._replace(seen=state_of(made))
+
+
+def _joined(low: tuple[Low, ...], dtype: torch.dtype, source: tuple[Tensor, ...], shape: tuple[int, int]) -> Term:
+    """One pair of matrices; the adapter's own tensors where they already are that pair."""
+    if len(low) == 1 and low[0].D is None:
+        A, B = low[0].A, low[0].B
+        own = any(A is t for t in source) and any(B is t for t in source)
+        if own and A.dtype == B.dtype == dtype and A.is_contiguous() and B.is_contiguous():
+            return Term(A.detach(), B.detach(), float(low[0].s), True, (A, B), [])
+    rank = sum(k.rank for k in low)
+    A, B = torch.empty(rank, shape[1], dtype=dtype), torch.empty(shape[0], rank, dtype=dtype)
+    at = 0
+    for k in low:
+        A[at : at + k.rank] = k.A if k.D is None else k.A * k.D.unsqueeze(1)
+        B[:, at : at + k.rank] = k.B * k.s
+        at += k.rank
+    return Term(A, B, 1.0, False, source, [])
+
+
+# -- the rows of a batch --------------------------------------------------------------------------------------------------
+
+
+class Batch:
+    """Where the rows of each adapter are. Positions are rows (packed: tokens) in the order of their groups; ``order``: the row
+    at each position, None where they come sorted. ``users``: (adapter, weight, first, last position)."""
+
+    def __init__(self, rows: RowGroups, sites: dict[Adapters, Plan | None], mark: Mark) -> None:
+        self.sites, self.mark = sites, mark
+        self.repeat = rows.repeat
+        self.shape = None if rows.segments is None else rows.segments.shape
+        self.users: list[tuple[str, float, int, int]] = []
+        at = 0
+        for active, index in rows.groups:
+            self.users += [(name, w, at, at + index.numel()) for name, w in active]
+            at += index.numel()
+        self.positions = at
+        order = torch.cat([index for _, index in rows.groups])
+        self.order = None if bool((order[1:] > order[:-1]).all()) else order.cpu()
+        self.spans = torch.tensor([(a, b) for _, _, a, b in self.users], dtype=torch.int64).reshape(-1, 2)
+        self.largest = max((b - a for _, _, a, b in self.users), default=0)
+        self.native = (self.positions, 0 if self.order is None else self.order.data_ptr(), len(self.users), self.spans.data_ptr())
+        self._index: dict[tuple[int, int, int], Tensor] = {}
+
+    def per(self, x: Tensor) -> int:
+        """How many tokens of x (…, in) a position has; 0 where x has another leading shape than the rows say."""
+        if self.shape is None:
+            return x.numel() // x.shape[-1] // self.positions if x.shape[0] == self.positions * self.repeat and x.dim() > 1 else 0
+        if x.shape[:2] != self.shape and x.shape[0] != self.positions:
+            return 0
+        return x.numel() // x.shape[-1] // self.positions if x.dim() > 1 else 0
+
+    def tokens(self, first: int, last: int, per: int) -> slice | Tensor:
+        """The tokens of positions [first, last) in x flattened to (tokens, in)."""
+        if self.order is None:
+            return slice(first * per, last * per)
+        found = self._index.get((first, last, per))
+        if found is None:
+            found = (self.order[first:last, None] * per + torch.arange(per)).flatten()
+            self._index[first, last, per] = found
+        return found
+
+
+def batch_of(hub: Hub, rows: RowGroups, mark: Mark) -> Batch:
+    """The batch of ``rows``. Plans of layers are shared by all batches with the same sequence of active sets."""
+    held = hub.kept.get("rows")
+    if held is None or held[0] != mark:
+        held = hub.kept["rows"] = (mark, OrderedDict())
+    kept: OrderedDict[tuple[ActiveSet, ...], dict[Adapters, Plan | None]] = held[1]
+    key = tuple(active for active, _ in rows.groups)
+    sites = kept.get(key)
+    if sites is None:
+        sites = kept[key] = {}
+        if len(kept) > KEPT:
+            kept.popitem(last=False)
+    made = Batch(rows, sites, mark)
+    rows.plans["batch"] = made
+    return made
+
+
+# -- one layer ------------------------------------------------------------------------------------------------------------
+
+
+class Plan:
+    """The terms of a layer, one for each user of the batch (None: that adapter is not at this layer)."""
+
+    def __init__(self, users: list[tuple[str, float, int, int]], slots: list[Slot | None], terms: list[Term | None],
+                 shape: tuple[int, int], dtype: torch.dtype) -> None:  # fmt: skip
+        self.fan_out, self.fan_in = shape
+        self.dtype, self.terms = dtype, terms
+        self.scales = [0.0 if t is None else u[1] * t.s for u, t in zip(users, terms)]
+        here = [(s, t) for s, t in zip(slots, terms) if s is not None and t is not None]
+        self.slots = [s for s, _ in here]
+        self.said = [s.scale for s in self.slots]
+        self.live = [p for _, t in here if t.live for p in t.source]
+        self.pointers = [p.data_ptr() for p in self.live]
+        self.copied = [p for _, t in here if not t.live for p in t.source]
+        self.versions = [(p.data_ptr(), p._version) for p in self.copied]
+        self.table = torch.tensor([(0, 0, 0) if t is None else (t.A.data_ptr(), t.B.data_ptr(), t.A.shape[0]) for t in terms])
+        self.factors = torch.tensor(self.scales, dtype=torch.float32)
+        self.addresses = (self.table.data_ptr(), self.factors.data_ptr())
+        self.rank = sum(t.A.shape[0] for t in terms if t is not None)
+        self.several = sum(t is not None for t in terms) > 1
+        self.call = function(dtype)
+        self._stack: tuple[Tensor, Tensor] | None = None
+
+    def fresh(self) -> bool:
+        """Whether every tensor is what it was."""
+        return (
+            [p.data_ptr() for p in self.live] == self.pointers
+            and [s.scale for s in self.slots] == self.said
+            and (not self.copied or [(p.data_ptr(), p._version) for p in self.copied] == self.versions)
+        )
+
+    def add(self, batch: Batch, x: Tensor, y: Tensor, per: int) -> None:
+        """y (tokens, out) += every term on its tokens of x (tokens, in); both contiguous."""
+        if self.call is not None and batch.largest * per <= few(self.dtype):
+            positions, order, k, spans = batch.native
+            self.call(x.data_ptr(), y.data_ptr(), self.fan_in, self.fan_out, positions, per, order, k, spans, *self.addresses)
+        elif self.several and self._wide(batch.largest * per):
+            self.stacked(batch, x, y, per)
+        else:
+            self.grouped(batch, x, y, per)
+
+    def _wide(self, tokens: int) -> bool:
+        """Whether all rows with all adapters under a mask cost less than products group by group: small products in bf16 are
+        dear, and so are those of single tokens."""
+        return self.rank <= 2 * self.fan_in if tokens <= 4 else self.dtype == torch.bfloat16 and 2 * self.rank <= self.fan_in
+
+    def grouped(self, batch: Batch, x: Tensor, y: Tensor, per: int) -> None:
+        for term, s, (_, _, first, last) in zip(self.terms, self.scales, batch.users):
+            if term is None:
+                continue
+            at = batch.tokens(first, last, per)
+            part = y[at]
+            part.addmm_(x[at] @ term.A.t(), term.B.t(), alpha=s)
+            if isinstance(at, Tensor):
+                y.index_copy_(0, at, part)
+
+    def stacked(self, batch: Batch, x: Tensor, y: Tensor, per: int) -> None:
+        terms = [t for t in self.terms if t is not None]
+        A, B = torch.cat([t.A for t in terms]), torch.cat([t.B for t in terms], 1)
+        h = x @ A.t()
+        own = torch.zeros_like(h)
+        at = 0
+        used = torch.zeros(x.shape[0], dtype=torch.bool)
+        for term, s, (_, _, first, last) in zip(self.terms, self.scales, batch.users):
+            if term is not None:
+                rows, to = batch.tokens(first, last, per), slice(at, at + term.A.shape[0])
+                own[rows, to] = h[rows, to] * s
+                used[rows] = True
+                at = to.stop
+        if bool(used.all()):
+            y.addmm_(own, B.t())
+        else:
+            y[used] = y[used].addmm_(own[used], B.t())
+
+
+@lru_cache(maxsize=8)
+def function(dtype: torch.dtype) -> Callable[..., None] | None:
+    """The native call for data of ``dtype``, on integers."""
+    import ctypes
+
+    library = native.library(native.RAGGED) if dtype in native.DTYPES else None
+    if library is None:
+        return None
+    found = getattr(library, f"ragged_{native.DTYPES[dtype]}")
+    address, size = ctypes.c_void_p, ctypes.c_int64
+    found.argtypes = [address, address, size, size, size, size, address, size, address, address, address]
+    found.restype = None
+    return found  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=8)
+def few(dtype: torch.dtype, width: int = 512, rank: int = 16) -> int:
+    """The number of tokens of one adapter up to which the native call beats two products, measured once."""
+    call = function(dtype)
+    if call is None:
+        return 0
+    best = 8
+    A, B = torch.zeros(rank, width, dtype=dtype), torch.zeros(width, rank, dtype=dtype)
+    table, scales = torch.tensor([[A.data_ptr(), B.data_ptr(), rank]]), torch.ones(1)
+    with torch.no_grad():
+        for tokens in (16, 32, 64, 128, 256):
+            x, y = torch.zeros(tokens, width, dtype=dtype), torch.zeros(tokens, width, dtype=dtype)
+            spans = torch.tensor([[0, tokens]])
+
+            def one(x: Tensor = x, y: Tensor = y, spans: Tensor = spans, n: int = tokens) -> None:
+                call(x.data_ptr(), y.data_ptr(), width, width, n, 1, 0, 1, spans.data_ptr(), table.data_ptr(), scales.data_ptr())
+
+            def two(x: Tensor = x, y: Tensor = y) -> None:
+                y.addmm_(x @ A.t(), B.t(), alpha=1.0)
+
+            a, b = _seconds(one, two)
+            if a > b:
+                break
+            best = tokens
+    return best
+
+
+def _seconds(*calls: Callable[[], None], rounds: int = 9) -> list[float]:
+    """The least time of each call, in turns."""
+    least = [float("inf")] * len(calls)
+    for _ in range(rounds):
+        for i, call in enumerate(calls):
+            begin = time.perf_counter()
+            call()
+            least[i] = min(least[i], time.perf_counter() - begin)
+    return least
+
+
+BARE, UNKNOWN = (Plan([], [], [], (0, 0), torch.float64) for _ in range(2))
+
+
+def plan_of(layer: nn.Module, mine: Adapters, batch: Batch, dtype: torch.dtype) -> Plan | None:
+    """The plan of a layer; BARE where no adapter of the batch is there, None where the trees have to run."""
+    chosen: list[Slot | None] = []
+    terms: list[Term | None] = []
+    for name, *_ in batch.users:
+        group = [s for s in mine.slots.get(name, ()) if s.site.kind != "source"]
+        term = None
+        if group:
+            term = term_of(group[0], layer, dtype, batch.mark[1:]) if len(group) == 1 and dtype in DTYPES else None
+            if term is None:
+                return None
+        chosen.append(group[0] if group else None)
+        terms.append(term)
+    site = next((s.site for s in chosen if s is not None), None)
+    return BARE if site is None else Plan(batch.users, chosen, terms, (site.fan_out, site.fan_in), dtype)
+
+
+def execute(layer: Any, mine: Adapters, ctx: Context, rows: RowGroups, forward: Callable[..., Any], args: tuple[Any, ...],
+            kwargs: dict[str, Any]) -> Any:  # fmt: skip
+    """The layer's output for a batch of different rows, or NotImplemented where the trees have to run."""
+    hub = mine.hub
+    if torch.is_grad_enabled():
+        hub.written += 1
+        return NotImplemented
+    if layer.training or mine.inner is not None or len(args) != 1 or kwargs or rows.batch_dim:
+        return NotImplemented
+    x = args[0]
+    if not plain(x) or x.device.type != "cpu":
+        return NotImplemented
+    mark = (hub.epoch, hub.written, _steps)
+    batch: Batch | None = rows.plans.get("batch")
+    if batch is None or batch.mark != mark:
+        batch = batch_of(hub, rows, mark)
+    plan = batch.sites.get(mine, UNKNOWN)
+    if plan is not None and plan is not BARE and (plan is UNKNOWN or plan.dtype != x.dtype or not plan.fresh()):
+        plan = batch.sites[mine] = plan_of(layer, mine, batch, x.dtype)
+    if plan is None:
+        return NotImplemented
+    if plan is BARE:
+        return forward(x)
+    per = batch.per(x)
+    if per == 0 or x.shape[-1] != plan.fan_in:
+        return NotImplemented
+    y = forward(x)
+    flat = x if x.is_contiguous() else x.contiguous()
+    if type(y) is Tensor and y.dtype == x.dtype and y.is_contiguous() and y.data_ptr() != flat.data_ptr():
+        plan.add(batch, flat.view(-1, plan.fan_in), y.view(-1, plan.fan_out), per)
+        return y
+    held = y.to(x.dtype, copy=True).contiguous()
+    plan.add(batch, flat.view(-1, plan.fan_in), held.view(-1, plan.fan_out), per)
+    return held.to(y.dtype)
+
+
+layers.rows_executor = execute
