@@ -460,3 +460,45 @@ def test_convolutions_without_groups_run_as_one_node(key, shape):
         want = derived()
     for a, b in zip(derived(), want, strict=True):
         assert gap(a, b) < 1e-12
+
+
+# -- several slots at once -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["tt_lora", "loretta_rep"])
+def test_trains_of_one_shape_are_contracted_together(key, monkeypatch):
+    from omnilora.core import attach, together
+    from omnilora.parameterizations import tensor_train
+
+    model = adapted(key)
+    count = []
+    was = tensor_train.contract
+    monkeypatch.setattr(tensor_train, "contract", lambda cores: (count.append(len(cores[0])), was(cores))[1])
+    found(model)  # the trial is over
+    count.clear()
+    got = found(model)
+    shapes = {tuple(t.shape for _, t in s.tensors()) for s in ol.slots(model)}
+    assert len(shapes) < len(ol.slots(model)) == 14 and len(count) == 2 * len(shapes) and sum(count) == 28
+    monkeypatch.setattr(together, "make", lambda *a: None)
+    assert attach.together is together
+    for a, b in zip(found(model), got, strict=True):
+        assert gap(a, b) < 1e-5
+    monkeypatch.undo()
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    for a, b in zip(found(model), got, strict=True):
+        assert gap(a, b) < 1e-5
+    copy.deepcopy(model)
+
+
+def test_what_was_made_for_one_forward_is_gone_in_the_next():
+    model = adapted("tt_lora")
+    hub = model._omnilora
+    x = torch.randn(1, 8, 32)
+    model(inputs_embeds=x).logits.sum().backward()
+    assert not hub.local.made
+    before = model.model(inputs_embeds=x).last_hidden_state  # not through the entry
+    shake(model, size=0.1)
+    after = model.model(inputs_embeds=x).last_hidden_state
+    with executor.off():
+        assert gap(model.model(inputs_embeds=x).last_hidden_state, after) < 1e-5 < gap(before, after)
+    after.sum().backward()

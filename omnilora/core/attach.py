@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from omnilora.core import layer as layers
+from omnilora.core import together
 from omnilora.core.context import EMPTY, ActiveSet, CheckpointContext, Context, Hub, RowSpec, row_groups
 from omnilora.core.full import Full
 from omnilora.core.layer import Adapted, Adapters, attach_layer, base_modules, detach_layer
@@ -356,6 +357,8 @@ def _entry(model: nn.Module, args: Any, kwargs: Any) -> None:
                                "ol.disabled or model.eval() for a plain forward.")  # fmt: skip
     if hub.run is not None:
         hub.run.on_forward(model)
+    if not hub.merged:
+        together.make(hub, slots(model), active)
     _sources(model, hub, active, args, kwargs)
 
 
@@ -381,6 +384,7 @@ def _exit(model: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     hub: Hub = vars(model)["_omnilora"]
+    hub.local.made = {}
     if hub.visits is None or hub.merged:
         return
     seen, hub.visits = hub.visits, None

@@ -74,6 +74,7 @@ class _Local(threading.local):
     """One value a thread; a class attribute, so that compiled code finds (and guards) it in every thread."""
 
     context: Context = EMPTY
+    made: Mapping[Any, Any] = MappingProxyType({})  # see omnilora.core.together
 
 
 class Hub:
@@ -96,13 +97,15 @@ class Hub:
         self._set_up()
 
     def _set_up(self) -> None:
+        self.groups: Any = None
+        self.kept_made: Mapping[Any, Any] = {}
         self.key = id(self)
         self.local = _Local()
         self.kept: dict[str, Any] = {}  # what executors and loaders keep for this model; never copied or saved
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("local", "key", "run", "kept"):
+        for name in ("local", "key", "run", "groups", "kept_made", "kept"):
             state.pop(name)
         return state | {"emitted": [], "visits": None if self.visits is None else set()}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -216,6 +216,10 @@ class Parameterization(ABC):
 
     def delta(self, p: Slot, ctx: Context) -> Op:
         """ΔW of an additive parameterization."""
+        raise NotImplementedError
+
+    def together(self, slots: Sequence[Slot]) -> Sequence[Any]:
+        """What ``delta`` needs of slots whose tensors have the same shapes, made at once (:mod:`omnilora.core.together`)."""
         raise NotImplementedError
 
     def attend(self, p: Slot, ctx: Context, call: Any) -> Any:

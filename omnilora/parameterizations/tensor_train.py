@@ -8,6 +8,7 @@ LoRETTA-rep — Yang et al., NAACL 2024, arXiv:2402.11417: LoRA whose A and B ar
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from omnilora.core.parameterization import (
     zeros,
 )
 from omnilora.core.site import Site
+from omnilora.core.together import made
 from omnilora.errors import BadValue
 
 
@@ -50,11 +52,18 @@ def modes(n: int, limit: int = 16) -> list[int]:
 
 
 def contract(cores: list[Tensor]) -> Tensor:
-    """Cores (ρ_0, n_1, ρ_1) … (ρ_{d−1}, n_d, ρ_d) → (ρ_0, n_1 ⋯ n_d, ρ_d)."""
+    """Cores (…, ρ_0, n_1, ρ_1) … (…, ρ_{d−1}, n_d, ρ_d) → (…, ρ_0, n_1 ⋯ n_d, ρ_d), one product a core for the whole batch."""
     t = cores[0]
+    first = t.shape[:-2]  # (…, ρ_0)
     for g in cores[1:]:
-        t = torch.tensordot(t, g, dims=1).flatten(1, 2)
+        t = (t.flatten(-3, -2) @ g.flatten(-2)).reshape(*first, -1, g.shape[-1])
     return t
+
+
+def stacks(slots: Sequence[Slot], prefix: str) -> list[Tensor]:
+    """The cores named prefix0, prefix1, … of slots of one shape, each (slots, ρ, n, ρ')."""
+    each = [train_of(p, prefix) for p in slots]
+    return [torch.stack(cores) for cores in zip(*each)]
 
 
 def shapes(sizes: list[int], rank: int) -> list[tuple[int, int, int]]:
@@ -121,9 +130,14 @@ class TensorTrain(Parameterization):
             cores[-1] = zeros(*all_shapes[-1])
         return Tensors({**cores_of("G", cores[: len(ins)]), **cores_of("H", cores[len(ins) :])})
 
+    def together(self, slots: Sequence[Slot]) -> list[tuple[Tensor, Tensor]]:
+        """(A (ρ, in), B (out, ρ)) of every slot."""
+        A = contract(stacks(slots, "G"))[:, 0].mT
+        B = contract(stacks(slots, "H"))[..., 0].mT
+        return list(zip(A.unbind(), B.unbind()))
+
     def delta(self, p: Slot, ctx: Context) -> Op:
-        A = contract(train_of(p, "G"))[0].mT  # (ρ, in)
-        B = contract(train_of(p, "H"))[..., 0].mT  # (out, ρ)
+        A, B = made(p, ctx) or self.together([p])[0]
         return p.scale * chain(B, A, Dropout(self.dropout, p.training))
 
 
@@ -159,7 +173,12 @@ class TrainedFactors(Parameterization):
             b[-1] = zeros(*b[-1].shape)
         return Tensors({**cores_of("A", a), **cores_of("B", b)})
 
+    def together(self, slots: Sequence[Slot]) -> list[tuple[Tensor, Tensor]]:
+        """(A (r, in), B (out, r)) of every slot."""
+        A = contract(stacks(slots, "A")).reshape(len(slots), -1, self.r).mT
+        B = contract(stacks(slots, "B")).reshape(len(slots), self.r, -1).mT
+        return list(zip(A.unbind(), B.unbind()))
+
     def delta(self, p: Slot, ctx: Context) -> Op:
-        A = contract(train_of(p, "A")).reshape(-1, self.r).mT  # (r, in)
-        B = contract(train_of(p, "B")).reshape(self.r, -1).mT  # (out, r)
+        A, B = made(p, ctx) or self.together([p])[0]
         return p.scale * chain(B, A, Dropout(self.dropout, p.training))

@@ -57,13 +57,13 @@ def gated(g: Tensor, u: Tensor, act: str = "silu") -> Tensor:
     return F.silu(g) * u
 
 
-def gated_backward(dp: Tensor, g: Tensor, u: Tensor, act: str = "silu") -> tuple[Tensor, Tensor, Tensor]:
-    """(dg, du, p) from dp."""
+def gated_backward(dp: Tensor, g: Tensor, u: Tensor, act: str = "silu", spent: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(dg, du, p) from dp; ``spent``: dp is read by nobody else, and its memory may be used again."""
     if act == "gelu_tanh":
         on = F.gelu(g, approximate="tanh")
         return torch.ops.aten.gelu_backward(dp * u, g, approximate="tanh"), dp * on, on * u
     if serves(dp, g, u):
-        dg, du, p = torch.empty_like(g), torch.empty_like(g), torch.empty_like(g)
+        dg, du, p = torch.empty_like(g), dp if spent else torch.empty_like(g), torch.empty_like(g)
         call("swiglu_backward", g.dtype, dp, g, u, dg, du, p, g.numel())
         return dg, du, p
     s = torch.sigmoid(wide(g))

@@ -1,9 +1,11 @@
 // Elementwise parts of fused passes: RMS norm, gated activation, rotation, dropout, magnitudes. One pass over memory each.
 // Plain C functions over contiguous arrays, in fp32 and bf16 (sums and arithmetic in fp32). Sizes are 64-bit.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -214,22 +216,24 @@ void scale_columns(const T* z, const float* c, T* y, int64_t rows, int64_t d) {
 // gz = c ⊙ g;  sum[i] = Σ_t g ⊙ y
 template <class T>
 void scale_backward(const T* g, const T* y, const float* c, T* gz, float* sum, int64_t rows, int64_t d) {
-    constexpr int64_t WIDTH = 128;
-#pragma omp parallel for schedule(static)
-    for (int64_t start = 0; start < d; start += WIDTH) {
-        int64_t width = start + WIDTH < d ? WIDTH : d - start;
-        float held[WIDTH] = {};
+    std::fill(sum, sum + d, 0.f);
+#pragma omp parallel
+    {
+        std::vector<float> part(d, 0.f);
+        float* held = part.data();
+#pragma omp for schedule(static)
         for (int64_t t = 0; t < rows; ++t) {
-            const T *gt = g + t * d + start, *yt = y + t * d + start;
-            T* out = gz + t * d + start;
+            const T *gt = g + t * d, *yt = y + t * d;
+            T* out = gz + t * d;
 #pragma omp simd
-            for (int64_t i = 0; i < width; ++i) {
+            for (int64_t i = 0; i < d; ++i) {
                 float go = load(gt[i]);
                 held[i] += go * load(yt[i]);
-                store(out[i], go * c[start + i]);
+                store(out[i], go * c[i]);
             }
         }
-        for (int64_t i = 0; i < width; ++i) sum[start + i] = held[i];
+#pragma omp critical
+        for (int64_t i = 0; i < d; ++i) sum[i] += held[i];
     }
 }
 

@@ -252,7 +252,7 @@ class GatedPair(torch.autograd.Function):
         if dp is None:
             narrow_side(gh, gated(e, u, spec.act), narrow, spec.dropped_down, want, out_down)
             return None, gs[0] if needs[0] else None, *[None] * (2 * LEARNED), *out_down
-        de, du, p = gated_backward(dp, e, u, spec.act)
+        de, du, p = gated_backward(dp, e, u, spec.act, spent=True)
         del dp
         narrow_side(gh, p, narrow, spec.dropped_down, want, out_down)
         del p
