@@ -26,6 +26,7 @@ from omnilora.core.site import Site
 from omnilora.core.state import AdapterState, SiteState, _on_meta
 from omnilora.core.targets import Targets, targets_from
 from omnilora.errors import BadValue, NotExpressible, UnknownName, nearest
+from omnilora.plans.outlook import outlook
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,10 @@ def explain(
     sites = plan(model, made, wanted)
     with torch.random.fork_rng(devices=[]):
         tensors = [_leaves(site, how) for site, how in sites]
-    rows, learning, still = _counted(sites, tensors)
     held, weights = _held(model, made, store, [s for s, _ in sites])
+    with torch.random.fork_rng(devices=[]):
+        told = outlook(model, sites, tensors, held)
+    rows, learning, still = _counted(sites, tensors, told)
     tokens = batch_size * length
     kept = sum(counting.saved(s, t, how.frozen(), how.rank(), tokens) for (s, how), t in zip(sites, tensors))
     state = counting.OPTIMIZERS[chosen] * learning
@@ -128,11 +131,11 @@ def explain(
         parameters=base, trainable=trainable, share=trainable / max(base, 1), frozen=sum(r.frozen for r in rows),
         weights=weights, adapter=learning + still, gradients=learning, optimizer=state, activations=kept,
         total=sum(weights.values()) + 2 * learning + still + state + kept,
-        flop_ratio=(macs + added) / macs if macs else float("nan"), plans={"tree": len(rows)},
+        flop_ratio=(macs + added) / macs if macs else float("nan"), plans=dict(Counter(r.plan for r in rows)),
         formats=_formats(model, made, sites, tensors),
         assumed={"batch_size": batch_size, "length": length, "optimizer": chosen,
                  "activations": counting.HOW_ACTIVATIONS, "flop_ratio": counting.HOW_FLOPS},
-        notes=_notes(made, sites, held), sites=tuple(rows))  # fmt: skip
+        notes=_notes(made, sites, held, told), sites=tuple(rows))  # fmt: skip
 
 
 def _held(model: nn.Module, made: Method, store: Mapping[str, Any] | None, sites: Sequence[Site]) -> tuple[bool, dict[str, int]]:
@@ -151,11 +154,12 @@ def _held(model: nn.Module, made: Method, store: Mapping[str, Any] | None, sites
     return True, counting.weights(bare)
 
 
-def _counted(sites: Plan, tensors: Sequence[Mapping[str, Leaf]]) -> tuple[list[SitePlan], int, int]:
+def _counted(sites: Plan, tensors: Sequence[Mapping[str, Leaf]],
+             told: Sequence[tuple[str, str]]) -> tuple[list[SitePlan], int, int]:  # fmt: skip
     """(sites, bytes of what learns, bytes of what does not); a shared tensor counts where it is met first."""
     rows, seen = [], set[str | None]()
     learning = still = 0
-    for (site, how), leaves in zip(sites, tensors, strict=True):
+    for (site, how), leaves, (chosen, why) in zip(sites, tensors, told, strict=True):
         wide = bool(site.param) and site.store.dtype == torch.float64
         stuck, count = how.frozen(), {True: 0, False: 0}
         for name, leaf in leaves.items():
@@ -168,7 +172,7 @@ def _counted(sites: Plan, tensors: Sequence[Mapping[str, Leaf]]) -> tuple[list[S
             learning, still = (learning + held, still) if learns else (learning, still + held)
         rows.append(SitePlan(
             site.name or "(model)", site.kind, site.role, type(how).__name__, (site.fan_out, site.fan_in), how.rank(),
-            count[True], count[False], "tree", "No fused plans yet."))  # fmt: skip
+            count[True], count[False], chosen, why))  # fmt: skip
     return rows, learning, still
 
 
@@ -186,7 +190,7 @@ def _leaves(site: Site, how: Parameterization) -> dict[str, Leaf]:
                              "Adapt the model and count.") from error  # fmt: skip
 
 
-def _notes(method: Method, sites: Plan, held: bool) -> tuple[str, ...]:
+def _notes(method: Method, sites: Plan, held: bool, told: Sequence[tuple[str, str]]) -> tuple[str, ...]:
     out = []
     if method.prepare is not None:
         out.append("The method observes data first and may choose other ranks or sites than these.")
@@ -196,6 +200,8 @@ def _notes(method: Method, sites: Plan, held: bool) -> tuple[str, ...]:
         out.append("Weights of linear layers are counted as they will be held, quantized.")
     if any(site.kind == "conv" for site, _ in sites):
         out.append("The FLOP ratio takes one position of every convolution.")
+    refused = Counter(why for chosen, why in told if chosen == "tree")
+    out += [f"{count} site(s) run the operator's tree: {why}" for why, count in refused.most_common(3)]
     if any(isinstance(how, Full) for _, how in sites):
         out.append("Own copies replace the base's tensors in the forward; the base's stay in memory.")
     return tuple(out)
