@@ -170,8 +170,9 @@ class Frugal:
             return
         probe = _probe(batch)
         reference = self._measured(probe, False, None)
+        low = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.model.parameters())
         for joined, head in dict.fromkeys([(self.joined, self.head), (False, self.head), (self.joined, None)]):
-            if (joined or head is not None) and _same(reference, self._measured(probe, joined, head)):
+            if (joined or head is not None) and _same(reference, self._measured(probe, joined, head), low):
                 break
         else:
             joined, head = False, None
@@ -232,11 +233,10 @@ def _some(params: list[nn.Parameter]) -> list[nn.Parameter]:
     return found
 
 
-def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Whether two losses with their gradients differ by rounding only."""
+def _same(a: list[Tensor], b: list[Tensor], low: bool) -> bool:
+    """Whether two losses with their gradients differ by rounding only; ``low``: that of 16-bit numbers."""
     if len(a) != len(b):
         return False
-    low = any(t.dtype in (torch.bfloat16, torch.float16) for t in (*a, *b))
     (loss, *left), (other, *right) = a, b
     if not float((loss - other).abs()) <= (3e-2 if low else 1e-4) * float(loss.abs()):
         return False
