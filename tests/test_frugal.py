@@ -130,6 +130,18 @@ def test_fit_computes_the_padded_gradients(options):
     assert all((whole[k] - parts[k]).norm() <= 1e-5 * whole[k].norm() + 1e-9 for k in whole)
 
 
+def test_joined_rows_are_not_grouped_by_length(monkeypatch):
+    from omnilora.training.batches import Feed
+
+    seen, epoch = [], Feed.epoch
+    monkeypatch.setattr(Feed, "epoch", lambda self, *a: seen.append(self.grouped) or epoch(self, *a))
+    for padding in (False, True):
+        model = tiny_llama()
+        ol.adapt(model, Method("plain", LoRA(r=4)))
+        ol.fit(model, ROWS, tokenizer=tiny_tokenizer(), steps=1, padding=padding)
+    assert seen == [False, True]
+
+
 def test_evaluation_inside_and_outside_of_a_run_agree():
     model, rows = adapted(tiny_llama()), ROWS
     plain = ol.evaluate(model, rows, tokenizer=tiny_tokenizer(), padding=True)

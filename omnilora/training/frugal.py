@@ -22,7 +22,7 @@ from omnilora.core.rule import Rule
 from omnilora.errors import RunError
 from omnilora.plans.cross_entropy import cross_entropy
 from omnilora.training.encode import MASKED
-from omnilora.training.joined import join, joined_attention, joined_call, refusal
+from omnilora.training.joined import join, joined_attention, joined_call, known, refusal
 
 LENGTHS = (12, 9, 6)  # tokens of the rows that are compared
 PROBED = 2_000_000  # numbers of gradients that are compared
@@ -106,6 +106,7 @@ class Frugal:
         why = "padding = True" if padding else _rows_matter(model) or refusal(model)
         self.head = None if isinstance(head, str) else head
         self.joined = not why
+        self.known = not padding and known(model)
         self.report = {"logits": head if isinstance(head, str) else "", "padding": why}
         self._checked = False
         self._stack = ExitStack()
