@@ -138,8 +138,9 @@ def main() -> None:
                 sys.exit(f"{name}:\n{done.stderr[-2000:]}")
             made = json.loads(done.stdout.strip().splitlines()[-1]) | {"whole": time.perf_counter() - began}
             found[name].append(made)
+            loss = statistics.mean(made["losses"])
             print(f"{name:20s} {made['seconds']:8.2f} s  processor {made['processor']:8.2f} s  "
-                  f"{made['peak MiB']:8.0f} MiB  whole {made['whole']:8.2f} s  loss {statistics.mean(made['losses']):.4f}", flush=True)  # fmt: skip
+                  f"{made['peak MiB']:8.0f} MiB  whole {made['whole']:8.2f} s  loss {loss:.4f}", flush=True)  # fmt: skip
     table = {name: summary(runs, found[chosen[0]]) for name, runs in found.items()}
     print(f"\nratio to {chosen[0]}: median (min – max)")
     for name, row in table.items():

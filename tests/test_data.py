@@ -241,6 +241,10 @@ def test_order_is_a_permutation_that_wastes_little():
     assert plan == order(lengths, 8, 0, 0) != order(lengths, 8, 0, 1) and plan != order(lengths, 8, 1, 0)
     used = sum(max(lengths[i] for i in b) * len(b) for b in plan)
     assert used < 1.1 * sum(lengths)
+    mixed = order(lengths, 8, 0, 0, grouped=False)
+    assert sorted(i for b in mixed for i in b) == sorted(i for b in plan for i in b) and len(mixed) == len(plan)
+    spread = lambda p: sum(max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in p)  # noqa: E731
+    assert spread(mixed) > 2 * spread(plan)
     two = order(lengths, 4, 0, 0, world=2)
     assert all(len(b) >= 2 for b in two) and {tuple(b) for b in two} <= {tuple(b) for b in plan}
 

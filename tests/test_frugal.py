@@ -77,6 +77,23 @@ def test_known_families_train_alike(name, learned):
     assert model.config._attn_implementation in ("sdpa", "eager") and task.frugal is None
 
 
+def test_a_base_in_bf16_spares_the_same_and_learns_as_well():
+    """Adapters are fp32 leaves on it; the loss falls as it does with padding and logits, and as in fp32."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for padding in (False, True):
+            model = tiny_llama().to(dtype)
+            torch.manual_seed(1)
+            ol.adapt(model, Method("plain", LoRA(r=4)))
+            report = ol.fit(model, ROWS, tokenizer=tiny_tokenizer(), batch_size=8, steps=30, lr=2e-2, padding=padding)
+            found[dtype, padding] = report.losses
+            assert set(report.declined) == ({"padding"} if padding else set()), report.declined
+            assert {t.dtype for t in ol.trainable(model)} == {torch.float32}
+    usual = found[torch.float32, True]
+    assert usual[-1] < 0.2 * usual[0]
+    assert all(abs(a - b) < 0.1 * usual[0] for losses in found.values() for a, b in zip(losses, usual, strict=True))
+
+
 def test_no_mask_no_padding_and_no_logits_exist(monkeypatch):
     model, task, batch = adapted(model_of("Llama")), CausalLM(), batch_of()
     seen, rows = [], []
@@ -111,6 +128,18 @@ def test_fit_computes_the_padded_gradients(options):
     assert why == {"padding": "padding = True"} and nothing == {}
     assert other == pytest.approx(loss, rel=1e-5) and any(g.norm() > 0 for g in whole.values())
     assert all((whole[k] - parts[k]).norm() <= 1e-5 * whole[k].norm() + 1e-9 for k in whole)
+
+
+def test_joined_rows_are_not_grouped_by_length(monkeypatch):
+    from omnilora.training.batches import Feed
+
+    seen, epoch = [], Feed.epoch
+    monkeypatch.setattr(Feed, "epoch", lambda self, *a: seen.append(self.grouped) or epoch(self, *a))
+    for padding in (False, True):
+        model = tiny_llama()
+        ol.adapt(model, Method("plain", LoRA(r=4)))
+        ol.fit(model, ROWS, tokenizer=tiny_tokenizer(), steps=1, padding=padding)
+    assert seen == [False, True]
 
 
 def test_evaluation_inside_and_outside_of_a_run_agree():

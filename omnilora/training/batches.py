@@ -84,11 +84,13 @@ def _positions(positions: Sequence[int], width: int) -> Tensor:
     return torch.tensor([*positions, *range(width - len(positions))], dtype=torch.long)
 
 
-def order(lengths: Sequence[int] | int, batch_size: int, seed: int, epoch: int, world: int = 1) -> list[list[int]]:
+def order(lengths: Sequence[int] | int, batch_size: int, seed: int, epoch: int, world: int = 1,
+          grouped: bool = True) -> list[list[int]]:  # fmt: skip
     """The global batches of an epoch, each of at most ``batch_size · world`` rows.
 
     Rows are shuffled, sorted by length within runs of 50 batches, cut, and the batches shuffled: little padding,
-    no bias of the order. With several processes a last batch smaller than their number is dropped.
+    no bias of the order. Not ``grouped``: shuffled only, for rows that are joined without padding; long rows that meet in
+    one batch would only need more memory. With several processes a last batch smaller than their number is dropped.
     """
     count = lengths if isinstance(lengths, int) else len(lengths)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
@@ -97,7 +99,7 @@ def order(lengths: Sequence[int] | int, batch_size: int, seed: int, epoch: int, 
     batches: list[list[int]] = []
     for start in range(0, count, size * MEGABATCH):
         run = rows[start : start + size * MEGABATCH]
-        if not isinstance(lengths, int):
+        if grouped and not isinstance(lengths, int):
             run.sort(key=lambda i: lengths[i])
         batches += [run[i : i + size] for i in range(0, len(run), size)]
     shuffled = torch.randperm(len(batches), generator=generator).tolist()
@@ -118,6 +120,7 @@ class Feed:
                  rank: int = 0, world: int = 1) -> None:  # fmt: skip
         self.data, self.collate, self.batch_size = data, collate, batch_size
         self.seed, self.workers, self.rank, self.world = seed, workers, rank, world
+        self.grouped = True  # batches of rows of like length
         self.own = isinstance(data, DataLoader)
         if self.own and world > 1:
             raise BadValue("A DataLoader of your own with several processes.", "Pass the data set instead.")
@@ -139,7 +142,7 @@ class Feed:
                 if i >= skip:
                     yield batch
             return
-        plan = order(self.lengths, self.batch_size, self.seed, number, self.world)[skip:]
+        plan = order(self.lengths, self.batch_size, self.seed, number, self.world, self.grouped)[skip:]
         mine = [batch[self.rank :: self.world] for batch in plan]
         yield from DataLoader(_Listed(self.data), batch_sampler=mine, collate_fn=self.collate, num_workers=self.workers,
                               generator=torch.Generator().manual_seed(self.seed))  # fmt: skip

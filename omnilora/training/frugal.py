@@ -22,7 +22,7 @@ from omnilora.core.rule import Rule
 from omnilora.errors import RunError
 from omnilora.plans.cross_entropy import cross_entropy
 from omnilora.training.encode import MASKED
-from omnilora.training.joined import join, joined_attention, joined_call, refusal
+from omnilora.training.joined import join, joined_attention, joined_call, known, refusal
 
 LENGTHS = (12, 9, 6)  # tokens of the rows that are compared
 PROBED = 2_000_000  # numbers of gradients that are compared
@@ -106,6 +106,7 @@ class Frugal:
         why = "padding = True" if padding else _rows_matter(model) or refusal(model)
         self.head = None if isinstance(head, str) else head
         self.joined = not why
+        self.known = not padding and known(model)
         self.report = {"logits": head if isinstance(head, str) else "", "padding": why}
         self._checked = False
         self._stack = ExitStack()
@@ -170,8 +171,9 @@ class Frugal:
             return
         probe = _probe(batch)
         reference = self._measured(probe, False, None)
+        low = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.model.parameters())
         for joined, head in dict.fromkeys([(self.joined, self.head), (False, self.head), (self.joined, None)]):
-            if (joined or head is not None) and _same(reference, self._measured(probe, joined, head)):
+            if (joined or head is not None) and _same(reference, self._measured(probe, joined, head), low):
                 break
         else:
             joined, head = False, None
@@ -232,11 +234,10 @@ def _some(params: list[nn.Parameter]) -> list[nn.Parameter]:
     return found
 
 
-def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Whether two losses with their gradients differ by rounding only."""
+def _same(a: list[Tensor], b: list[Tensor], low: bool) -> bool:
+    """Whether two losses with their gradients differ by rounding only; ``low``: that of 16-bit numbers."""
     if len(a) != len(b):
         return False
-    low = any(t.dtype in (torch.bfloat16, torch.float16) for t in (*a, *b))
     (loss, *left), (other, *right) = a, b
     if not float((loss - other).abs()) <= (3e-2 if low else 1e-4) * float(loss.abs()):
         return False

@@ -56,9 +56,14 @@ def refusal(model: nn.Module) -> str:
     names = {c._attn_implementation for c in configs}
     if names != {"sdpa"}:
         return f"its attention is {', '.join(map(repr, sorted(map(str, names))))}"
-    if getattr(model.config, "model_type", None) not in FAMILIES:
+    if not known(model):
         return f"{getattr(model.config, 'model_type', type(model).__name__)!r} is no family known to read position ids"
     return ""
+
+
+def known(model: nn.Module) -> bool:
+    """Whether models of this family tell joined rows apart by their positions and pass bounds on to attention."""
+    return getattr(vars(model).get("config"), "model_type", None) in FAMILIES
 
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "smollm3",

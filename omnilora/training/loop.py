@@ -93,13 +93,14 @@ class Loop:
         shown = None
         try:
             self._wire(run)
-            spent, resumed = self._resume(run)
-            alone = self.world == 1 or any(r.own_gradients for r in run.rules)
-            wrapped = self.model if alone else self.accelerator.prepare_model(self.model)
-            if self.config.trackers:
-                self.accelerator.init_trackers("omnilora", config=flat(self.config.to_dict()))
-            shown = Progress(self.total, run.step, self.config.log_every, self.main)
             with self.task.prepared(self.model, run.rules):
+                self.feed.grouped = self.world > 1 or not self.task.joins
+                spent, resumed = self._resume(run)
+                alone = self.world == 1 or any(r.own_gradients for r in run.rules)
+                wrapped = self.model if alone else self.accelerator.prepare_model(self.model)
+                if self.config.trackers:
+                    self.accelerator.init_trackers("omnilora", config=flat(self.config.to_dict()))
+                shown = Progress(self.total, run.step, self.config.log_every, self.main)
                 if resumed is None and self.eval_feed is not None:
                     self._evaluate(run, shown, spent, began)
                 self._epochs(run, wrapped, shown, spent, began, resumed)
@@ -179,7 +180,8 @@ class Loop:
         c = self.config
         return {"batches": len(self.feed), "batch_size": c.batch_size, "accumulate": c.accumulate, "seed": c.seed,
                 "total": self.total, "world": self.world, "schedule": c.schedule, "warmup": c.warmup, "clip": c.clip,
-                "lr": self.lr, "weight_decay": c.weight_decay, "packing": c.packing}  # fmt: skip
+                "lr": self.lr, "weight_decay": c.weight_decay, "packing": c.packing,
+                "grouped": self.feed.grouped}  # fmt: skip
 
     # -- updates ---------------------------------------------------------------------------------------------------
 

@@ -43,6 +43,12 @@ class Task:
         """Around many calls of :meth:`total` with one model; ``rules``: of the run that asks."""
         yield
 
+    @property
+    def joins(self) -> bool:
+        """Inside :meth:`prepared`: whether such a model's rows are joined, so that their lengths need not be alike. The same
+        for all methods, which a comparison shows the same batches."""
+        return False
+
     def declined(self) -> dict[str, str]:
         """Inside :meth:`prepared`: what could have been spared and was not → why."""
         return {}
@@ -114,6 +120,10 @@ class CausalLM(Task):
                 yield
         finally:
             self.frugal = None
+
+    @property
+    def joins(self) -> bool:
+        return self.frugal is not None and self.frugal.known
 
     def declined(self) -> dict[str, str]:
         return {} if self.frugal is None else {k: v for k, v in self.frugal.report.items() if v}
