@@ -49,7 +49,7 @@ def test_counts_are_those_of_the_built_adapter(llama, key, hyper, meta):
     learns, still, size = built(llama, method)
     assert (found.trainable, found.frozen, found.adapter) == (learns, still, size)
     assert found.gradients == 4 * learns and found.optimizer == 8 * learns
-    assert found.plans == {"tree": len(found.sites)} == {"tree": 14}
+    assert found.plans == {"block": len(found.sites)} == {"block": 14}
 
 
 def test_own_copies_and_overrides_are_counted(llama):
@@ -150,3 +150,13 @@ def test_output_is_plain_data_and_a_table(llama):
 
 def test_the_function_stays_callable_after_its_module_is_imported(llama):
     assert ol.explain(llama, "lora").trainable == ol.explain(llama, "lora").trainable
+
+
+def test_plans_are_told_with_their_reasons(llama):
+    assert explain(llama, ol.method("ia3")).plans == {"tree": 6}
+    assert "IA3 is no product of low rank" in " ".join(explain(llama, ol.method("ia3")).notes)
+    quantized = explain(llama, ol.method("qlora", r=2))
+    assert quantized.plans == {"node": 14} and "own product" in quantized.sites[0].reason
+    assert explain(llama, "lora", ["embed_tokens"]).plans == {"tree": 1}
+    net = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3, groups=2), torch.nn.Linear(4, 4))
+    assert [s.plan for s in explain(net, "lora", ["0", "1", "2"]).sites] == ["node", "tree", "node"]

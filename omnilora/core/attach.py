@@ -272,8 +272,7 @@ def _moved(tensors: Tensors, device: torch.device, dtype: torch.dtype | None) ->
 def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name: str, method: Method,
           scales: Mapping[str, float] | None = None) -> Hub:  # fmt: skip
     """Attach slots with the given tensors. Nothing has been touched before; the base is frozen from here on."""
-    importlib.import_module("omnilora.plans.executor")  # adapted maps run fused from here on, where they can
-    importlib.import_module("omnilora.plans.rows")  # and so do batches of many adapters
+    importlib.import_module("omnilora.plans.install")  # adapted maps run fused from here on, where they can
     for site, _ in sites:
         if site.param:
             if type(site.store.parameter).__name__ == "DTensor":

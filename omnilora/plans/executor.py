@@ -1,12 +1,11 @@
 """How an adapted map is applied: by one fused node where its tree lowers to the normal form, else by the tree itself.
 
-Importing this module puts :func:`execute` in the core's place. Compiled code, function transforms, forward-mode derivatives,
+Compiled code, function transforms, forward-mode derivatives,
 autocast and tensors that are not plain run the tree; ``OMNILORA_PLANS=0`` and :func:`off` make everything run it.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from omnilora.core import layer
 from omnilora.core.op import Geometry, Op, like
 from omnilora.core.site import Base, ConvGeometry
 from omnilora.plans.convolution import convolved
@@ -128,7 +126,3 @@ def diagonal(low: Low, x: Tensor) -> Tensor | None:
         d = g if d is None else d * g
     return d
 
-
-layer.executor = execute
-importlib.import_module("omnilora.plans.quick")
-importlib.import_module("omnilora.plans.blocks.host").register()

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from omnilora.core import layer as layers
 from omnilora.core.context import EMPTY, Context
 from omnilora.core.layer import Adapters, build
 from omnilora.core.site import Base
@@ -143,6 +142,3 @@ def _added(y: Tensor, h: Tensor, bt: Tensor, s: float) -> Tensor:
         return y.addmm_(h, bt)
     y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), bt)
     return y
-
-
-layers.quicken = quicken

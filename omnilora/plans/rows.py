@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from omnilora.core import layer as layers
 from omnilora.core.attach import hub_of
 from omnilora.core.context import ActiveSet, Context, Hub, RowGroups
 from omnilora.core.layer import Adapters
@@ -394,6 +393,3 @@ def execute(layer: Any, mine: Adapters, ctx: Context, rows: RowGroups, forward: 
     held = y.to(x.dtype, copy=True).contiguous()
     plan.add(batch, flat.view(-1, plan.fan_in), held.view(-1, plan.fan_out), per)
     return held.to(y.dtype)
-
-
-layers.rows_executor = execute

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnilora.core import layer as layers
 from omnilora.core.context import Context, Hub
 from omnilora.core.layer import Adapted, in_backward
 from omnilora.plans.blocks import llama
@@ -214,9 +213,3 @@ def _seen(hub: Hub, ctx: Context) -> Iterator[None]:
         yield
     finally:
         hub.local.context, hub.visits = before, visits
-
-
-def register() -> None:
-    """Have plans installed wherever adapters are put from here on."""
-    layers.placed.append(install)
-    layers.removed.append(remove)
