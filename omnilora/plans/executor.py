@@ -59,11 +59,10 @@ def execute(op: Op, x: Tensor, geo: Geometry) -> Tensor:
     if not plain(x):
         return op.apply(x, geo)
     if not geo.plain:
-        found = lower(op) if isinstance(geo, ConvGeometry) else None
-        y = None if found is None else convolved(found, x, geo)
+        y = convolved(lower(op), x, geo) if isinstance(geo, ConvGeometry) else None
         return op.apply(x, geo) if y is None else y
     normal = lower(op)
-    if normal is None or (not normal.low and normal.c is None) or normal.base is None:
+    if normal.base is None or (not normal.low and normal.c is None):
         return op.apply(x, geo)
     p = normal.low[0].p if normal.low else 0.0
     if any(k.p != p for k in normal.low):

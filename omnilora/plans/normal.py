@@ -43,23 +43,22 @@ class Normal(NamedTuple):
     b: Tensor | None = None
 
 
-def lower(op: Op) -> Normal | None:
-    """The normal form of a tree, or None."""
+def lower(op: Op) -> Normal:
+    """The normal form of a tree; what does not lower is the base of it, down to the whole tree."""
     kind = type(op)
-    if kind in (Base, BaseLinear, Rows):
-        return Normal(base=op)
+    found: Normal | None = None
     if kind is Sum:
-        return _sum(op)  # type: ignore[arg-type]
-    if kind is Scaled:
-        return _scaled(op)  # type: ignore[arg-type]
-    if kind is Chain:
-        return _chain(op)  # type: ignore[arg-type]
-    if kind is Shift:
+        found = _sum(op)  # type: ignore[arg-type]
+    elif kind is Scaled:
+        found = _scaled(op)  # type: ignore[arg-type]
+    elif kind is Chain:
+        found = _chain(op)  # type: ignore[arg-type]
+    elif kind is Shift:
         inner = lower(op.op)  # type: ignore[attr-defined]
-        return None if inner is None else inner._replace(b=_plus(inner.b, op.c))  # type: ignore[attr-defined]
-    if kind is Splice:
-        return _splice(op)  # type: ignore[arg-type]
-    return None
+        found = inner._replace(b=_plus(inner.b, op.c))  # type: ignore[attr-defined]
+    elif kind is Splice:
+        found = _splice(op)  # type: ignore[arg-type]
+    return Normal(base=op) if found is None else found
 
 
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -68,16 +67,15 @@ def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def _sum(op: Sum) -> Normal | None:
     left, right = lower(op.left), lower(op.right)
-    if left is None or right is None or right.base is not None or right.c is not None:
-        return None
-    if left.c is None:
-        return Normal(left.base, left.low + right.low, None, _plus(left.b, right.b))
-    return None  # c would have to be divided out of the new term
+    if left.c is not None or right.c is not None:
+        return None  # c would have to be divided out of the other term
+    base = left.base if right.base is None else right.base if left.base is None else Sum(left.base, right.base)
+    return Normal(base, left.low + right.low, None, _plus(left.b, right.b))
 
 
 def _scaled(op: Scaled) -> Normal | None:
     inner, s = lower(op.op), op.s
-    if inner is None or inner.base is not None or inner.c is not None or inner.b is not None:
+    if inner.base is not None or inner.c is not None or inner.b is not None:
         return None
     if not isinstance(s, Tensor):
         return Normal(low=tuple(Low(k.B, k.A, k.s * s, k.D, k.gates, k.p) for k in inner.low))
@@ -126,7 +124,7 @@ def _turned(op: Chain, last: Op) -> Normal | None:
     """Vectors left of a whole map: c ⊙ map."""
     inner = lower(last)
     front = op.links[:-1]
-    if inner is None or inner.base is None or any(not isinstance(k, Tensor) or k.dim() != 1 for k in front):
+    if inner.base is None or any(not isinstance(k, Tensor) or k.dim() != 1 for k in front):
         return None
     c = inner.c
     for link in front:
@@ -140,7 +138,7 @@ def _turned(op: Chain, last: Op) -> Normal | None:
 def _splice(op: Splice) -> Normal | None:
     """Terms on rows [start, stop) of the output: the same terms with zero rows around them."""
     whole, part = lower(op.op), lower(op.part)
-    if whole is None or part is None or whole.c is not None or part.c is not None:
+    if whole.c is not None or part.c is not None:
         return None
     rows = part.base
     if not isinstance(rows, Rows) or rows.op is not op.op or (rows.start, rows.stop) != (op.start, op.stop):

@@ -11,7 +11,7 @@ from torch import nn
 from omnilora.core.context import Context
 from omnilora.core.op import Op
 from omnilora.core.parameterization import Leaf, Parameterization, Slot
-from omnilora.core.site import Base, ConvGeometry, Site
+from omnilora.core.site import Base, BaseLinear, ConvGeometry, Site
 from omnilora.core.state import _on_meta
 from omnilora.plans.blocks import llama
 from omnilora.plans.normal import Normal, lower
@@ -49,19 +49,21 @@ def _told(site: Site, how: Parameterization, leaves: Mapping[str, Leaf], quantiz
         normal = _normal(site, how, leaves)
     except Exception as error:
         return "tree", f"{form} cannot be looked at without data ({type(error).__name__})."
-    if normal is None or normal.base is None or (not normal.low and normal.c is None):
+    if normal.base is None or (not normal.low and normal.c is None):
         return "tree", f"{form} is no product of low rank beside the layer's own."
     if site.kind == "conv":
         geometry: Any = site.geometry
         plain = isinstance(geometry, ConvGeometry) and geometry.groups == 1 and geometry.pad_mode == "zeros"
         served = plain and normal.c is None and not any(k.gates or k.p for k in normal.low)
         return ("node", "") if served else ("tree", "Groups, padding modes, gates, magnitudes and dropout of convolutions run the tree.")
+    if not isinstance(normal.base, (Base, BaseLinear)):
+        return "node", f"{form} has a part that its tree applies; the rest is one node."
     if quantized or not site.store.dense:
         return "node", "The layer makes its own product; the rest is one node."
     return ("block", "") if inside else ("node", "")
 
 
-def _normal(site: Site, how: Parameterization, leaves: Mapping[str, Leaf]) -> Normal | None:
+def _normal(site: Site, how: Parameterization, leaves: Mapping[str, Leaf]) -> Normal:
     place = _on_meta(site)
     slot = Slot(how, place, 1.0, "")
     slot.fill(_Flat(leaves), how.frozen(), {})  # type: ignore[arg-type]

@@ -64,7 +64,7 @@ def _made(layer: Any, mine: Adapters) -> Quick | None:
         normal = lower(build(base, pairs, _Blind()))
     except _Read:
         return None
-    if normal is None or normal.base is None or not normal.low or executor.constants_of(normal.base, layer.weight)[0] is None:
+    if normal.base is None or not normal.low or executor.constants_of(normal.base, layer.weight)[0] is None:
         return None
     if any(k.p or k.gates for k in normal.low) or not torch.equal(before, torch.get_rng_state()):
         return None

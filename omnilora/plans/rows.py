@@ -120,7 +120,7 @@ def _lowered(slot: Slot, layer: nn.Module, dtype: torch.dtype) -> Term | None:
         normal = lower(slot.how.adapt(base, slot, Context(side=asked)))
     except (OmniloraError, NotImplementedError):
         return None
-    if normal is None or asked.asked or normal.base is not base or normal.c is not None or normal.b is not None:
+    if asked.asked or normal.base is not base or normal.c is not None or normal.b is not None:
         return None
     if any(k.gates or k.p > 0.0 or (k.D is not None and k.D.dim() != 1) for k in normal.low):
         return None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from omnilora.core.context import Context
 from omnilora.core.layer import Adapted, build
-from omnilora.core.site import Base
+from omnilora.core.site import Base, BaseLinear
 from omnilora.plans.blocks.nodes import Gated, GatedPair, Heads, Norm, Normed, Output, Pair, Projections, Turn
 from omnilora.plans.elementwise import draw_seed
 from omnilora.plans.executor import constants_of, joined
@@ -107,10 +107,10 @@ def normal_of(module: nn.Module, ctx: Context, x: Tensor) -> Normal:
     if any(not s.site.called for s, _ in pairs):
         raise Declined("a tensor of a linear layer is adapted by itself")
     normal = lower(build(Base(pairs[0][0].site, module, nn.Linear.forward.__get__(module)), pairs, ctx))
-    if normal is None:
-        raise Declined(f"{type(pairs[0][0].how).__name__} is applied by its tree")
     if normal.base is None or constants_of(normal.base, x)[0] is None:
-        raise Declined("the base is no plain constant weight in the data's dtype")
+        plain = isinstance(normal.base, (Base, BaseLinear))
+        raise Declined("the base is no plain constant weight in the data's dtype" if plain
+                       else f"{type(pairs[0][0].how).__name__} is applied by its tree")  # fmt: skip
     return normal
 
 
