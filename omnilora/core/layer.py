@@ -95,10 +95,9 @@ class Adapted:
     adapters: Adapters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        quick = self.__dict__["_modules"]["adapters"].quick
-        if quick is not None and not kwargs and len(args) == 1 and not torch.compiler.is_compiling():
-            y = quick(args[0])
-            if y is not None:
+        if not torch.compiler.is_compiling():  # first: compiled code shall not look at what changes
+            quick = self.__dict__["_modules"]["adapters"].quick
+            if quick is not None and not kwargs and len(args) == 1 and (y := quick(args[0])) is not None:
                 return y
         inner = self.adapters.inner
         return run(self, inner if inner is not None else super().forward, args, kwargs)  # type: ignore[misc]
