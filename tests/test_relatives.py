@@ -116,7 +116,7 @@ def test_bitfit_creates_biases_where_there_are_none(tmp_path):
     ids = torch.randint(0, 16, (2, 5))
     before = base(ids).logits
     ol.adapt(base, made)
-    assert torch.equal(base(ids).logits, before)
+    torch.testing.assert_close(base(ids).logits, before, rtol=1e-5, atol=1e-6)  # fused blocks round otherwise than the bare model
     shake(base)
     after = base(ids).logits
     assert not torch.allclose(after, before)

@@ -339,8 +339,8 @@ def _run_rows(layer: Any, mine: Adapters, ctx: Context, rows: RowGroups, forward
         xg, yg = batched.index_select(0, index), y.index_select(0, index)
         pairs = [(s, w) for name, w in active if name in mine.slots for s in mine.slots[name]]
         if pairs:
-            tree = build(whole.known(xg, site.features(yg)), pairs, ctx)
-            yg = site.native(tree.apply(xg, site.geometry))
+            op = build(whole.known(xg, site.features(yg)), pairs, ctx)
+            yg = site.native(op.apply(xg, site.geometry) if executor is None else executor(op, xg, site.geometry))
         pieces.append(yg)
         order.append(index)
     back = torch.argsort(torch.cat(order))

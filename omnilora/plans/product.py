@@ -212,8 +212,8 @@ def _narrow(g: Tensor, line: Line, h: Tensor | None, wants: tuple[bool, ...], gr
     part = g @ b if line.A is not None else (g @ b).mul_(line.s)
     if diagonal is not None:
         if wants[D]:
-            dD = part * h
-            grads[D] = (dD if diagonal.dim() > 1 else wide(dD).sum(0)).to(line.D.dtype)  # type: ignore[union-attr]
+            dD = part * h if diagonal.dim() > 1 else (wide(part) * wide(h)).sum(0)  # type: ignore[arg-type]
+            grads[D] = dD.to(line.D.dtype)  # type: ignore[union-attr]
         part = part.mul_(diagonal)
     return part
 

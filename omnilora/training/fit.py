@@ -26,6 +26,7 @@ from omnilora.training.data import Row, hold_out, label_set, read_rows
 from omnilora.training.encode import encode, room, set_template
 from omnilora.training.loop import Loop, learning_rate
 from omnilora.training.losses import Custom, OwnLoss, Task, block_mask, packing_mode, task_of
+from omnilora.training.memory import kept_blocks
 from omnilora.training.models import Loaded, load_parts, remember, targets_for
 from omnilora.training.report import FitReport
 
@@ -154,7 +155,8 @@ def _run(model: nn.Module, data: Any, eval_data: Any, collate: Any, task: Task, 
     held = None if eval_data is None else Feed(eval_data, collate, config.batch_size, config.seed)
     if isinstance(data, DataLoader) and config.batch_size != TrainConfig.batch_size:
         warnings.warn("batch_size is that of the DataLoader.", stacklevel=3)
-    return Loop(model, feed, task, config, adapter, held, second).go()
+    with kept_blocks():
+        return Loop(model, feed, task, config, adapter, held, second).go()
 
 
 def _set_apart(data: Any, share: float, config: TrainConfig) -> tuple[Any, Any]:
