@@ -2,7 +2,7 @@
 
     python bench/serving.py [--rounds 9] [--only decode prefill load] [--dtype fp32 bf16] [--quick] [--busy] [--out FILE]
 
-The model is the 30 M Llama of bench/run.py; adapters of ranks 4, 8, 16, 32, 64 in turn on all linear layers (one adapter: 16),
+The model is the 30 M Llama of bench/common.py; adapters of ranks 4, 8, 16, 32, 64 in turn on all linear layers (one adapter: 16),
 rows sorted by adapter. Decoding is one step of 32 rows with a cache of 96 positions, prefill one forward of 8 × 128 tokens. A ratio
 is the median over rounds of (variant / bare model) of that round, with the least and the largest. The context is entered, and
 PEFT is given its names, inside the timed step. On a machine that others use, --busy measures one thread's processor time.
@@ -26,7 +26,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from run import LINEAR, llama, ratios
+from common import LINEAR, llama, ratios
 from torch import Tensor, nn
 
 import omnilora as ol
