@@ -17,24 +17,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from omnilora.core.context import EMPTY, Context
 from omnilora.core.layer import Adapters, build
 from omnilora.core.site import Base
-from omnilora.plans import executor
+from omnilora.plans import executor, steps
 from omnilora.plans.normal import Normal, lower
 
 Quick = Callable[[Tensor], Tensor | None]
-_steps = [0]  # of any optimizer: a fused one changes parameters without their versions
-
-
-def _stepped(*_: Any) -> None:
-    _steps[0] += 1
-
-
-register_optimizer_step_post_hook(_stepped)
-
 
 class _Read(Exception):
     """A form looked at the context: its map is not one for all calls."""
@@ -119,10 +109,11 @@ def _held(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick:
     bias = bias if whole else None
     tables = {id(m._parameters): m._parameters for slot, _ in pairs for m in slot.modules()} | {id(layer._parameters): layer._parameters}
     seen = [(table, n, t, t._version, t.data_ptr()) for table in tables.values() for n, t in table.items() if t is not None]
-    step = _steps[0]
+    hub = layer.adapters.hub
+    step, written = steps.taken(), hub.written
 
     def call(x: Tensor) -> Tensor | None:
-        if _steps[0] != step:
+        if steps.taken() != step or hub.written != written:
             return None
         for table, n, t, version, at in seen:
             if table[n] is not t or t._version != version or t.data_ptr() != at:

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from omnilora.core.attach import hub_of
 from omnilora.core.context import ActiveSet, Context, Hub, RowGroups
@@ -32,7 +31,7 @@ from omnilora.core.op import LINEAR
 from omnilora.core.parameterization import Slot
 from omnilora.core.site import Base
 from omnilora.errors import OmniloraError
-from omnilora.plans import native
+from omnilora.plans import native, steps
 from omnilora.plans.executor import plain
 from omnilora.plans.normal import Low, lower
 
@@ -73,17 +72,6 @@ class _Asked(Mapping[str, Any]):
     def __len__(self) -> int:
         self.asked = True
         return 0
-
-
-_steps = 0  # of all optimizers: fused ones write parameters without a trace in their versions
-
-
-def _count(*_: Any) -> None:
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count)  # type: ignore[no-untyped-call]
 
 
 def forget(model: nn.Module) -> None:
@@ -371,7 +359,7 @@ def execute(layer: Any, mine: Adapters, ctx: Context, rows: RowGroups, forward: 
     x = args[0]
     if not plain(x) or x.device.type != "cpu":
         return NotImplemented
-    mark = (hub.epoch, hub.written, _steps)
+    mark = (hub.epoch, hub.written, steps.taken())
     batch: Batch | None = rows.plans.get("batch")
     if batch is None or batch.mark != mark:
         batch = batch_of(hub, rows, mark)
