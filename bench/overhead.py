@@ -33,7 +33,8 @@ def sites(rounds: int) -> dict[str, Any]:
     base = nn.Sequential(nn.Linear(64, 64)).eval()
     x = torch.randn(1, 64)
     layers = {"nn.Linear": base[0]}
-    for key, config in (("lora", peft.LoraConfig(r=8, target_modules=["0"])), ("dora", peft.LoraConfig(r=8, target_modules=["0"], use_dora=True))):
+    for key in ("lora", "dora"):
+        config = peft.LoraConfig(r=8, target_modules=["0"], use_dora=key == "dora")
         layers[f"peft {key}"] = peft.get_peft_model(copy.deepcopy(base), config).base_model.model.eval()[0]
         layers[f"omnilora {key}"] = ol.adapt(copy.deepcopy(base), ol.method(key, r=8))[0]
     layers["omnilora vera"] = ol.adapt(copy.deepcopy(base), ol.method("vera", r=8))[0]

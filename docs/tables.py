@@ -104,7 +104,8 @@ def benchmark_table() -> str:
     if "overhead" in found:
         sites, commands = found["overhead"]["sites"], found["overhead"]["commands"]
         lines += ["## One site without gradients", "", "Width 64, one token, one thread, processor time above `nn.Linear`'s.", "",
-                  *_table(("", "µs", "min", "max"), [(n, f"{r['over']:.1f}", f"{r['min']:.1f}", f"{r['max']:.1f}") for n, r in sites.items()]),
+                  *_table(("", "µs", "min", "max"),
+                          [(n, *(f"{r[k]:.1f}" for k in ("over", "min", "max"))) for n, r in sites.items()]),
                   "## Starting a command", "",
                   *_table(("", "seconds", "min", "max"), [(f"omnilora {n}", *(f"{r[k]:.2f}" for k in ("seconds", "min", "max")))
                                                           for n, r in commands.items()])]  # fmt: skip
@@ -112,8 +113,8 @@ def benchmark_table() -> str:
         job = found["job"]
         rows = [(n, *(f"{v[0]:.2f} ({v[1]:.2f} – {v[2]:.2f})" for v in (r["ratios"][k] for k in ("seconds", "processor", "peak MiB"))),
                  f"{r['peak MiB']:.0f}") for n, r in job["jobs"].items()]  # fmt: skip
-        lines += ["## A whole job", "", f"SmolLM2-135M, LoRA r 8 on all linear layers, {job['steps']} updates of 8 rows of log-normal lengths, the "
-                  "first half of each masked. Every job is a process; ratios to PEFT with Trainer's defaults.", "",
+        lines += ["## A whole job", "", f"SmolLM2-135M, LoRA r 8 on all linear layers, {job['steps']} updates of 8 rows of log-normal "
+                  "lengths, the first half of each masked. Every job is a process; ratios to PEFT with Trainer's defaults.", "",
                   *_table(("", "wall", "processor", "peak memory", "peak MiB"), rows)]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
 
@@ -136,8 +137,8 @@ def _flat(data: dict[str, Any], path: str = "") -> list[tuple[str, ...]]:
 
 
 def _serving(data: dict[str, Any]) -> list[str]:
-    lines = ["## Many adapters in a batch", "", f"Ranks 4 to 64 in turn, {data['clock']}, {data['machine']['threads']} thread(s); to the bare model. "
-             "Decoding: 32 rows, one token each, 96 cached. Prefill: 8 rows of 128 tokens.", ""]  # fmt: skip
+    lines = ["## Many adapters in a batch", "",
+             f"Ranks 4 to 64 in turn, {data['clock']}, {data['machine']['threads']} thread(s); to the bare model. Decoding: 32 rows, one token each, 96 cached. Prefill: 8 rows of 128 tokens.", ""]  # fmt: skip
     rows = [(part, count, name, _ratio(r)) for part, found in data.items() if part.startswith(("decode", "prefill"))
             for count, table in found.items() for name, r in table.items() if isinstance(r, dict)]  # fmt: skip
     lines += _table(("", "adapters", "", "ratio"), rows)
