@@ -138,7 +138,8 @@ def _flat(data: dict[str, Any], path: str = "") -> list[tuple[str, ...]]:
 
 def _serving(data: dict[str, Any]) -> list[str]:
     lines = ["## Many adapters in a batch", "",
-             f"Ranks 4 to 64 in turn, {data['clock']}, {data['machine']['threads']} thread(s); to the bare model. Decoding: 32 rows, one token each, 96 cached. Prefill: 8 rows of 128 tokens.", ""]  # fmt: skip
+             f"Ranks 4 to 64 in turn, {data['clock']}, {data['machine']['threads']} thread(s); to the bare model. "
+             "Decoding: 32 rows, one token each, 96 cached. Prefill: 8 rows of 128 tokens.", ""]  # fmt: skip
     rows = [(part, count, name, _ratio(r)) for part, found in data.items() if part.startswith(("decode", "prefill"))
             for count, table in found.items() for name, r in table.items() if isinstance(r, dict)]  # fmt: skip
     lines += _table(("", "adapters", "", "ratio"), rows)
