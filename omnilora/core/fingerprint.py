@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,10 +59,14 @@ def _sketch(w: Tensor) -> tuple[tuple[float, ...], float]:
     return tuple(float(v) for v in total.float()), float(flat.norm())
 
 
+def raw_bytes(t: Tensor) -> Any:
+    """A tensor's bytes in order, as a buffer: its own memory where that can be."""
+    return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
 def digest(t: Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
-    raw = t.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(raw_bytes(t)).hexdigest()
 
 
 _kept: MutableMapping[Tensor, tuple[tuple[int, bytes], Fingerprint]] = WeakTensorKeyDictionary()

@@ -150,7 +150,7 @@ class Slot(nn.Module):
             self.roles[name] = leaf.role
             if leaf.shared is not None:
                 self.shared[name] = leaf.shared
-        for name, module in self.named_modules():
+        for name, module in self.named_modules() if self._modules else ():
             if name:
                 module.roles = {k[len(name) + 1 :]: v for k, v in self.roles.items() if k.startswith(f"{name}.")}  # type: ignore[assignment]
 
@@ -174,6 +174,7 @@ class Parameterization(ABC):
     known: ClassVar[dict[str, type[Parameterization]]] = {}
     mergeable: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = False  # needs W itself (norms, rows), not only its product with x
+    by_size: ClassVar[bool] = False  # shapes of ``init`` on a linear site follow from its sizes; each class says it for itself
 
     @property
     def exact_gradient(self) -> bool:
