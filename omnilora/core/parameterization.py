@@ -123,10 +123,12 @@ class Slot(nn.Module):
 
     def __init__(self, how: Parameterization, site: Site, scale: float, adapter: str) -> None:
         super().__init__()
-        self.how, self.site, self.scale, self.adapter = how, site, scale, adapter
-        self.roles: dict[str, str] = {}
-        self.shared: dict[str, str] = {}
-        self.marks: dict[str, Any] = {}  # what rules note about this site (a rank pattern), saved with the adapter
+        own = self.__dict__  # none of these is a tensor or a module: what nn.Module's assignment would look for
+        own["how"], own["site"], own["scale"], own["adapter"] = how, site, scale, adapter
+        self.roles: dict[str, str]
+        self.shared: dict[str, str]
+        self.marks: dict[str, Any]
+        own["roles"], own["shared"], own["marks"] = {}, {}, {}  # marks: what rules note about this site (a rank pattern), saved with the adapter
 
     def _get_name(self) -> str:
         return f"{type(self.how).__name__}Slot"

@@ -26,7 +26,7 @@ from omnilora.core.context import Hub
 from omnilora.core.layer import Adapted, attach_layer, base_modules, blank, path_name
 from omnilora.core.method import Method
 from omnilora.core.parameterization import Parameterization, Slot, is_still
-from omnilora.core.row import Row
+from omnilora.core.row import Lease, Row, lease
 from omnilora.core.site import Site
 
 KEPT = 1024  # files
@@ -37,7 +37,7 @@ Stamp = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One site: its slot as a pattern, its tensors as (name, learns, first byte, shape), the layer's parent and name there."""
+    """One site: its slot as a pattern, its tensors as (name, learns, first byte, numbers, shape), the layer's parent and name there."""
 
     site: Site
     parent: nn.Module
@@ -45,7 +45,7 @@ class Part:
     weight: Tensor
     state: tuple[int, int]
     pattern: Mapping[str, Any]
-    tensors: tuple[tuple[str, bool, int, tuple[int, ...]], ...]
+    tensors: tuple[tuple[str, bool, int, int, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,16 +117,11 @@ def _part(slot: Slot, places: Mapping[int, tuple[nn.Module, str]], row: Row) -> 
         at = None if p is None else row.offset(p)
         if p is None or at is None or p.dtype != torch.float32 or not p.is_contiguous() or p._version:
             return None
-        tensors.append((name, not is_still(name, still), at, tuple(p.shape)))
+        tensors.append((name, not is_still(name, still), at, p.numel(), tuple(p.shape)))
     parent, child = places[id(site.layer)]
     weight = store.parameter
     pattern = {k: v for k, v in vars(slot).items() if not k.startswith("_") and k not in ("adapter", "training")}
     return Part(site, parent, child, weight, (weight.data_ptr(), weight._version), pattern, tuple(tensors))
-
-
-def _bytes(t: Tensor) -> memoryview:
-    raw: Any = t.numpy()
-    return memoryview(raw).cast("B")
 
 
 def again(model: nn.Module, hub: Hub, key: tuple[Any, ...], folder: Path, name: str) -> dict[str, Any] | None:
@@ -182,9 +177,10 @@ def _stands(part: Part) -> bool:
     )
 
 
-def _read(known: Proven) -> memoryview | None:
+def _read(known: Proven) -> Lease | None:
     """The bytes of the tensors, read into memory of their own."""
-    out = _bytes(torch.empty(known.size, dtype=torch.uint8))
+    memory = lease(known.size)
+    out = memoryview(memory)
     try:
         with open(known.file, "rb", buffering=0) as f:
             before = _stamp(os.fstat(f.fileno()))
@@ -195,18 +191,15 @@ def _read(known: Proven) -> memoryview | None:
             same = got == known.size and before in known.stamps and _stamp(os.fstat(f.fileno())) == before
     except OSError:
         return None
-    return out if same else None
+    return memory if same else None
 
 
-def _slot(part: Part, name: str, data: memoryview, training: bool) -> Slot:
+def _slot(part: Part, name: str, data: Lease, training: bool) -> Slot:
     pattern = part.pattern
     slot = blank(Slot)
     slot.__dict__.update(pattern)
     slot.__dict__.update(adapter=name, roles=dict(pattern["roles"]), shared={}, marks=dict(pattern["marks"]), training=training)
-    for tensor, learns, at, shape in part.tensors:
-        count = 1
-        for n in shape:
-            count *= n
+    for tensor, learns, at, count, shape in part.tensors:
         value = torch.frombuffer(data, dtype=torch.float32, count=count, offset=at).view(shape)
-        slot._parameters[tensor] = nn.Parameter(value, requires_grad=learns)
+        slot._parameters[tensor] = Tensor._make_subclass(nn.Parameter, value, learns)
     return slot

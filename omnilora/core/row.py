@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,11 +16,35 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 
 
+SPARE = 64 << 20  # bytes of memory that are kept for the next file: pages that were used before need not be made
+_spare: list[Any] = []
+
+
+class Lease(np.ndarray):  # type: ignore[type-arg]
+    """Bytes for one file. When the last tensor on them is gone they wait for the next file of that size."""
+
+    whole: Any = None
+
+    def __del__(self) -> None:
+        whole = self.whole
+        if whole is not None and sum(m.nbytes for m in _spare) + whole.nbytes <= SPARE:
+            _spare.append(whole)
+
+
+def lease(size: int) -> Lease:
+    """``size`` bytes of unknown content that nothing else refers to, aligned as torch aligns."""
+    at = next((i for i, m in enumerate(_spare) if size <= m.nbytes <= size + size // 8), None)
+    whole: Any = torch.empty(size, dtype=torch.uint8).numpy() if at is None else _spare.pop(at)
+    made = whole[:size].view(Lease)
+    made.whole = whole
+    return made
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
     """A whole file in memory. ``begin``: where the tensors' bytes begin."""
 
-    memory: Any  # of uint8; tensors hold it too
+    memory: Lease  # tensors hold it too
     address: int
     size: int
     begin: int
@@ -46,8 +71,7 @@ def read(path: Path, header: Mapping[str, Any], head: bytes) -> tuple[dict[str, 
     texts = header.get("__metadata__", {})
     if not isinstance(texts, dict) or not all(isinstance(v, str) for v in texts.values()) or head[8:9] != b"{":
         return None
-    whole = torch.empty(begin + at, dtype=torch.uint8)
-    memory: Any = whole.numpy()
+    memory = lease(begin + at)
     view = memoryview(memory)
     with open(path, "rb", buffering=0) as f:
         if os.fstat(f.fileno()).st_size != begin + at:
@@ -62,4 +86,4 @@ def read(path: Path, header: Mapping[str, Any], head: bytes) -> tuple[dict[str, 
         dtype = DTYPES[header[name]["dtype"]]
         count = (last - first) // dtype.itemsize
         out[name] = torch.frombuffer(memory, dtype=dtype, count=count, offset=begin + first).view(header[name]["shape"])
-    return out, Row(memory, whole.data_ptr(), begin + at, begin)
+    return out, Row(memory, memory.ctypes.data, begin + at, begin)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from omnilora.core.attach import TiedUse, activate, check, find_hub, hub_of, place, slots
-from omnilora.core.fingerprint import Fingerprint, compare, fingerprint, raw_bytes
+from omnilora.core.fingerprint import Fingerprint, compare, fingerprints, raw_bytes
 from omnilora.core.layer import base_modules, path_name
 from omnilora.core.method import Method
 from omnilora.core.op import Op
@@ -122,10 +122,12 @@ def state(model: nn.Module, adapter: str | None = None, *, with_base: bool = Tru
                                           (slot.site.fan_out, slot.site.fan_in))  # fmt: skip
     base: dict[str, Fingerprint] = {}
     if with_base:
+        touched: dict[str, Site] = {}
         for slot in slots(model, name):
             site = slot.site
             if site.param and not site.store.parameter.is_meta:
-                base.setdefault(f"{site.name.partition('[')[0]}", fingerprint(site))
+                touched.setdefault(f"{site.name.partition('[')[0]}", site)
+        base = fingerprints(touched)
     carried = {s.site.name.partition("[")[0]: _carried(s.site) for s in slots(model, name)
                if s.site.param and s.site.store.carried}  # fmt: skip
     return AdapterState(method.key, dict(method.hyper), sites, pool, base,
