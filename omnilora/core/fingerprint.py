@@ -116,8 +116,8 @@ def fingerprints(sites: Mapping[str, Site]) -> dict[str, Fingerprint]:
             for n in new:
                 store = sites[n].store
                 mark = _known(store)[1]
-                out[n] = _fingerprint(store, (job.result() for job in hashed[n]))
-                _kept[store.parameter] = (mark, out[n])
+                made = _fingerprint(store, (job.result() for job in hashed[n]))
+                _kept[store.parameter], out[n] = (mark, made), made
     return {n: f if f is not None else fingerprint(sites[n]) for n, f in out.items()}
 
 

@@ -100,8 +100,8 @@ def remember(hub: Hub, model: nn.Module, key: tuple[Any, ...], seen: tuple[Stamp
     kept: dict[Any, Proven] = hub.kept.setdefault("proven", {})
     while len(kept) >= KEPT:
         kept.pop(next(iter(kept)))
-    kept[key] = Proven(seen, file, row.begin, row.size - row.begin, tuple(parts), tuple(base), hub.values["methods"][name], name in hub.needs_run,
-                       dict(hub.values.get("extra", {}).get(name, {})), dict(report))  # fmt: skip
+    kept[key] = Proven(seen, file, row.begin, row.size - row.begin, tuple(parts), tuple(base), hub.values["methods"][name],
+                       name in hub.needs_run, dict(hub.values.get("extra", {}).get(name, {})), dict(report))  # fmt: skip
 
 
 def _part(slot: Slot, places: Mapping[int, tuple[nn.Module, str]], row: Row) -> Part | None:
@@ -180,7 +180,7 @@ def _stands(part: Part) -> bool:
 def _read(known: Proven) -> Lease | None:
     """The bytes of the tensors, read into memory of their own."""
     memory = lease(known.size)
-    out = memoryview(memory)
+    out = memoryview(memory)  # type: ignore[arg-type]
     try:
         with open(known.file, "rb", buffering=0) as f:
             before = _stamp(os.fstat(f.fileno()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,23 +19,29 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 SPARE = 64 << 20  # bytes of memory that are kept for the next file: pages that were used before need not be made
 _spare: list[Any] = []
+_lending = threading.RLock()  # a collection inside may give memory back in the same thread
 
 
 class Lease(np.ndarray):  # type: ignore[type-arg]
-    """Bytes for one file. When the last tensor on them is gone they wait for the next file of that size."""
+    """Bytes for one file, never sliced. When the last tensor on them is gone they wait for the next file of that size."""
 
     whole: Any = None
 
     def __del__(self) -> None:
         whole = self.whole
-        if whole is not None and sum(m.nbytes for m in _spare) + whole.nbytes <= SPARE:
-            _spare.append(whole)
+        if whole is None:
+            return
+        with _lending:
+            if sum(m.nbytes for m in _spare) + whole.nbytes <= SPARE:
+                _spare.append(whole)
 
 
 def lease(size: int) -> Lease:
     """``size`` bytes of unknown content that nothing else refers to, aligned as torch aligns."""
-    at = next((i for i, m in enumerate(_spare) if size <= m.nbytes <= size + size // 8), None)
-    whole: Any = torch.empty(size, dtype=torch.uint8).numpy() if at is None else _spare.pop(at)
+    with _lending:
+        at = next((i for i, m in enumerate(_spare) if size <= m.nbytes <= size + size // 8), None)
+        whole: Any = None if at is None else _spare.pop(at)
+    whole = torch.empty(size, dtype=torch.uint8).numpy() if whole is None else whole
     made = whole[:size].view(Lease)
     made.whole = whole
     return made
@@ -72,7 +79,7 @@ def read(path: Path, header: Mapping[str, Any], head: bytes) -> tuple[dict[str, 
     if not isinstance(texts, dict) or not all(isinstance(v, str) for v in texts.values()) or head[8:9] != b"{":
         return None
     memory = lease(begin + at)
-    view = memoryview(memory)
+    view = memoryview(memory)  # type: ignore[arg-type]
     with open(path, "rb", buffering=0) as f:
         if os.fstat(f.fileno()).st_size != begin + at:
             return None
