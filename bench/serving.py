@@ -159,7 +159,7 @@ def loading(base: nn.Module, many: int) -> dict[str, Any]:
         settle()
         model = copy.deepcopy(base).eval()
         out["omnilora first, base new"] = _milliseconds(lambda: ol.load(model, path, "n0"))
-        fresh = [_milliseconds(lambda i=i: ol.load(model, p, f"o{i}")) for i, p in enumerate(others)]
+        fresh = [_milliseconds(lambda i=i, p=p: ol.load(model, p, f"o{i}")) for i, p in enumerate(others)]
         out["omnilora first, base fingerprinted"] = _spread(fresh)
         for i in range(few):
             ol.detach(model, f"o{i}")

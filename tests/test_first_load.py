@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import omnilora as ol
-from omnilora.core import fingerprint as prints
 from omnilora.core import files, row, state
+from omnilora.core import fingerprint as prints
 from omnilora.core.method import Method
 from omnilora.parameterizations.lora import LoRA
 

@@ -128,7 +128,8 @@ class Slot(nn.Module):
         self.roles: dict[str, str]
         self.shared: dict[str, str]
         self.marks: dict[str, Any]
-        own["roles"], own["shared"], own["marks"] = {}, {}, {}  # marks: what rules note about this site (a rank pattern), saved with the adapter
+        # marks: what rules note about this site (a rank pattern), saved with the adapter
+        own["roles"], own["shared"], own["marks"] = {}, {}, {}
 
     def _get_name(self) -> str:
         return f"{type(self.how).__name__}Slot"
