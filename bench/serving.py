@@ -55,9 +55,9 @@ def ranks(count: int) -> list[int]:
     return [16] if count == 1 else [RANKS[i % len(RANKS)] for i in range(count)]
 
 
-def fill(model: nn.Module) -> None:
+def fill(model: nn.Module, seed: int = 0) -> None:
     """Adapters start at zero: give B's the size that A's have."""
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name or name.endswith(".B"):
@@ -77,11 +77,11 @@ def with_peft(base: nn.Module, count: int) -> nn.Module:
     return model.eval()
 
 
-def with_ours(base: nn.Module, count: int) -> nn.Module:
+def with_ours(base: nn.Module, count: int, seed: int = 0) -> nn.Module:
     model = copy.deepcopy(base)
     for i, r in enumerate(ranks(count)):
         ol.adapt(model, ol.method("lora", r=r, alpha=2.0 * r), name=f"a{i}")
-    fill(model)
+    fill(model, seed)
     return model.eval()
 
 
@@ -145,24 +145,42 @@ def mixed(base: nn.Module, counts: list[int], rows: int, make: Callable[[nn.Modu
 
 
 def loading(base: nn.Module, many: int) -> dict[str, Any]:
-    """The first load with its proof, the n-th load of a proven file, and switching; PEFT's beside."""
+    """The first load with its proof, on a base never seen and on one whose fingerprint is known (another file each time); the n-th
+    load of a proven file, also in the memory of one that was taken off; and switching. PEFT's beside."""
     out: dict[str, Any] = {}
+    few = min(many, 16)
     with tempfile.TemporaryDirectory() as folder:
         source = with_ours(base, 1)
         path = ol.save(source, Path(folder) / "ours", adapter="a0")
         theirs = with_peft(base, 1)
         theirs.save_pretrained(str(Path(folder) / "peft"))
         found = Path(folder) / "peft" / "a0"
+        others = [ol.save(with_ours(base, 1, seed=i + 1), Path(folder) / f"other{i}", adapter="a0") for i in range(few)]
+        settle()
         model = copy.deepcopy(base).eval()
-        times = [_milliseconds(lambda i=i: ol.load(model, path, f"n{i}")) for i in range(many)]
-        out["omnilora first"], out["omnilora load"] = times[0], _at(times)
-        few = min(many, 16)
+        out["omnilora first, base new"] = _milliseconds(lambda: ol.load(model, path, "n0"))
+        fresh = [_milliseconds(lambda i=i, p=p: ol.load(model, p, f"o{i}")) for i, p in enumerate(others)]
+        out["omnilora first, base fingerprinted"] = _spread(fresh)
+        for i in range(few):
+            ol.detach(model, f"o{i}")
+        times = [_milliseconds(lambda i=i: ol.load(model, path, f"n{i}")) for i in range(1, many)]
+        out["omnilora load"] = _at([times[0], *times])
+        turns = []
+        for i in range(few):
+            turns.append(_milliseconds(lambda i=i: ol.load(model, path, f"t{i}")))
+            ol.detach(model, f"t{i}")
+        out["omnilora load after a detach"] = _spread(turns)
         spent = [_milliseconds(lambda i=i: theirs.load_adapter(str(found), f"n{i}")) for i in range(few)]
         out["peft first"], out["peft load"] = spent[0], _at(spent)
         ours = [_milliseconds(lambda i=i: ol.activate(model, f"n{i % many}")) for i in range(50)]
         other = [_milliseconds(lambda i=i: theirs.set_adapter(f"n{i % few}")) for i in range(10)]
         out["omnilora switch"], out["peft switch"] = _spread(ours), _spread(other)
     return out
+
+
+def settle() -> None:
+    """Files that were written just now are not remembered."""
+    time.sleep(0.1)
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:

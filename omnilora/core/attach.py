@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +21,7 @@ from omnilora.core.full import Full
 from omnilora.core.layer import Adapted, Adapters, attach_layer, base_modules, detach_layer
 from omnilora.core.method import Method
 from omnilora.core.parameterization import Parameterization, Slot, Tensors, where_field
-from omnilora.core.site import Site, called_site, is_linear, source_site
+from omnilora.core.site import PLAIN, Site, called_site, is_linear, source_site
 from omnilora.core.targets import Targets, check_overrides, find_sites, matches, override_for, own_sites, targets_from
 from omnilora.errors import AttachError, BadValue, RunError, TargetError, UnknownName, nearest
 
@@ -180,12 +180,15 @@ class TiedUse(Parameterization):
 
 def _with_peers(out: Plan) -> None:
     groups: dict[Any, list[Site]] = {}
+    texts: dict[int, str] = {}
     for site, how in out:
-        groups.setdefault(repr(how), []).append(site)
+        text = texts.get(id(how)) or texts.setdefault(id(how), repr(how))
+        groups.setdefault(text, []).append(site)
     by_name = {s.name: s for s, _ in out}
+    whole = {text: tuple(group) for text, group in groups.items()}
     for site, how in out:
-        peers, site.how = groups[repr(how)], how
-        site.peers = tuple([*peers, by_name[how.first]] if isinstance(how, TiedUse) else peers)
+        peers, site.how = whole[texts[id(how)]], how
+        site.peers = (*peers, by_name[how.first]) if isinstance(how, TiedUse) else peers
 
 
 def adapt(
@@ -288,12 +291,14 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
         hub.values["frozen"] = [n for n, p in model.named_parameters() if p.requires_grad]
     for _, layer in base_modules(model):
         for parameter in layer._parameters.values():
-            if parameter is not None:
+            if parameter is not None and parameter.requires_grad:
                 parameter.requires_grad_(False)
     pool: dict[str, nn.Parameter] = {}
     made: dict[str, Slot] = {}
+    fresh = False
     for (site, how), leaves in zip(sites, tensors, strict=True):
         host = site.host if site.host is not None else site.layer
+        fresh = fresh or not isinstance(host, Adapted)
         mine = attach_layer(host, hub)
         scale = (scales or {}).get(site.name, how.first_scale(site))
         slot = Slot(how, site, scale, name)
@@ -303,15 +308,17 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
             slot.add_module("inner", first)
         else:
             slot.fill(leaves, how.frozen(), pool)
-        slot.train(host.training)
+        if host.training is not slot.training or slot._modules:
+            slot.train(host.training)
         mine.add(name, slot)
         how.placed(site, model)
         made[site.name] = slot
-    _slow_paths(model)
-    for call in layers.placed:
-        call(model, hub)
+    if fresh:
+        _slow_paths(model)
+        for call in layers.placed:
+            call(model, hub)
     hub.add(name)
-    hub.values["planned"] = list(dict.fromkeys(s.site.name for s in slots(model)))
+    hub.values["planned"] = list(dict.fromkeys(n for _, layer in hosts(model) for n in layer.adapters.places))
     hub.values.setdefault("methods", {})[name] = dataclasses.replace(
         method, store=None, arrange=None, seen={}, fill=None, prepare=None, combine=None, apply=None)
     return hub
@@ -344,10 +351,13 @@ def _entry(model: nn.Module, args: Any, kwargs: Any) -> None:
     if hub.mode != model.training:
         hub.mode, hub.visits = model.training, set()
         hub.written += 1
-    if hub.visits is not None:
-        check(model)
-        hub.visits = set()
     active = _used(hub, ctx)
+    if hub.visits is not None:
+        check(model, active)
+        hub.visits, hub.looked = set(), set(active)
+    elif not active <= hub.looked:
+        check(model, active - hub.looked)
+        hub.looked |= active
     if torch.is_grad_enabled() and model.training and hub.run is None and not ctx.recomputed and not hub.merged:
         for name in active:
             if name in hub.needs_run:
@@ -388,8 +398,8 @@ def _exit(model: nn.Module, args: Any, output: Any) -> None:
         return
     seen, hub.visits = hub.visits, None
     used = _used(hub, hub.context())
-    missed = [s.site.name for s in slots(model)
-              if s.adapter in used and s.site.name not in seen and not s.marks.get("optional")]  # fmt: skip
+    missed = [s.site.name for _, layer in hosts(model) if id(layer.adapters) not in seen
+              for name in used for s in layer.adapters.slots.get(name, ()) if not s.marks.get("optional")]  # fmt: skip
     if missed:
         raise AttachError(
             f"{len(missed)} adapted site(s) took no part in the forward: {', '.join(missed[:4])}.",
@@ -398,13 +408,19 @@ def _exit(model: nn.Module, args: Any, output: Any) -> None:
         )
 
 
-def check(model: nn.Module) -> None:
-    """Every planned site is still the same, adapted, of the same shape, and no adapter is left on meta."""
+def check(model: nn.Module, used: Iterable[str] | None = None) -> None:
+    """Every planned site is still the same, adapted, of the same shape, and no adapter is left on meta.
+
+    ``used``: only these adapters; sites where none of them is are not looked at, but a layer that is gone is found.
+    """
+    present: set[str] = set()
     for path, layer in hosts(model):
+        present |= layer.adapters.places
         if "forward" in vars(layer):
             raise AttachError(f"{path}: a forward was set on the adapted layer and hides it.", "Detach first.")
         same: set[tuple[Any, ...]] = set()  # sites of other adapters at this layer that are the same place
-        for group in layer.adapters.slots.values():
+        every = layer.adapters.slots
+        for group in every.values() if used is None else [every[n] for n in used if n in every]:
             for slot in group:
                 site = slot.site
                 if site.kind in ("block", "source"):
@@ -418,12 +434,12 @@ def check(model: nn.Module) -> None:
                 if place in same:
                     continue
                 same.add(place)
-                shape = tuple(site.layout.matrix(torch.empty(site.store.shape(), device="meta")).shape[-2:])
+                shape = site.store.shape()[-2:] if site.layout is PLAIN else tuple(
+                    site.layout.matrix(torch.empty(site.store.shape(), device="meta")).shape[-2:])  # fmt: skip
                 rows = site.fan_out if site.region is None else shape[0]
                 if shape != (rows, site.fan_in):
                     raise AttachError(f"{site.name} was resized from {(site.fan_out, site.fan_in)} to {shape}.",
                                       "Resize first, then adapt.")  # fmt: skip
-    present = {s.site.name for s in slots(model)}
     gone = [n for n in find_hub(model).values.get("planned", []) if n not in present]  # type: ignore[union-attr]
     if gone:
         raise AttachError(f"{len(gone)} adapted layer(s) were replaced: {', '.join(gone[:4])}.", "Adapt after replacing.")
@@ -524,7 +540,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for adapter in gone:
         hub.drop(adapter)
         hub.values.get("methods", {}).pop(adapter, None)
-    hub.values["planned"] = [s.site.name for s in slots(model)]
+    hub.values["planned"] = list(dict.fromkeys(n for _, layer in hosts(model) for n in layer.adapters.places))
     for call in layers.removed:
         call(model)
     if not hub.names:

@@ -80,6 +80,8 @@ class _Local(threading.local):
 class Hub:
     """Shared by all adapted layers of a model. Holds names and small tensors, never the model."""
 
+    roster = 0  # counts changes of ``names``
+
     def __init__(self) -> None:
         self.names: list[str] = []  # slot number = position; compiled code indexes ``weights`` by it
         self.active: ActiveSet = ()
@@ -92,7 +94,8 @@ class Hub:
         self.needs_run: dict[str, str] = {}  # adapter → method whose rules need a run
         self.mode: bool | None = None  # train or eval at the last forward
         self.rowed = False  # whether the last training forward had rows of its own
-        self.visits: set[str] | None = None  # None: every active site has been seen since the last change
+        self.visits: set[int] | None = None  # ids of the Adapters that took part; None: all have since the last change
+        self.looked: set[str] = set()  # adapters that were checked since the last change
         self.emitted: list[tuple[str, str, Tensor]] = []
         self._set_up()
 
@@ -111,6 +114,7 @@ class Hub:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.__dict__.setdefault("looked", set())
         self.run = None
         self._set_up()
 
@@ -118,12 +122,14 @@ class Hub:
 
     def add(self, name: str) -> None:
         self.names.append(name)
+        self.roster += 1
         self.weights = torch.cat((self.weights, self.weights.new_zeros(1)))
         self.changed()
 
     def drop(self, name: str) -> None:
         at = self.names.index(name)
         self.names.pop(at)
+        self.roster += 1
         self.weights = torch.cat((self.weights[:at], self.weights[at + 1 :]))
         self.active = tuple((n, w) for n, w in self.active if n != name)
         self.needs_run.pop(name, None)
@@ -131,7 +137,7 @@ class Hub:
 
     def changed(self) -> None:
         self.epoch += 1
-        self.visits = set()
+        self.visits, self.looked = set(), set()
 
     def resolve(self, spec: RowSpec) -> ActiveSet:
         """A name, an ordered list, a weighted mapping or None → an active set. Unknown names raise."""

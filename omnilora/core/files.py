@@ -24,10 +24,11 @@ from safetensors.torch import load as parse
 from safetensors.torch import save as encode
 from torch import Tensor, nn
 
-from omnilora.core import proven
+from omnilora.core import proven, row
 from omnilora.core import state as states
 from omnilora.core.attach import find_hub, hub_of
 from omnilora.core.fingerprint import Fingerprint
+from omnilora.core.row import Row
 from omnilora.core.state import AdapterState, Carried
 from omnilora.errors import FileRefused, NotExpressible, OmniloraError, UnknownName
 
@@ -223,6 +224,11 @@ def _no_nan(word: str) -> None:
 
 def read_header(path: Path, quota: int = QUOTA) -> dict[str, Any]:
     """The checked header of a safetensors file: shapes, offsets and sizes agree before anything is allocated."""
+    return _header(path, quota)[0]
+
+
+def _header(path: Path, quota: int) -> tuple[dict[str, Any], bytes]:
+    """The checked header, and the bytes of it and of its length."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:
@@ -232,7 +238,8 @@ def read_header(path: Path, quota: int = QUOTA) -> dict[str, Any]:
             (length,) = struct.unpack("<Q", head)
             if length > min(MAX_HEADER, size - 8):
                 raise FileRefused(f"{path.name} announces a header of {length} bytes.", "It is truncated or hostile.")
-            header = json.loads(f.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
+            text = f.read(length)
+            header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, OmniloraError):
             raise
@@ -257,14 +264,21 @@ def read_header(path: Path, quota: int = QUOTA) -> dict[str, Any]:
         spans.append((begin, end))
     if sum(e - b for b, e in spans) > quota:
         raise FileRefused(f"{path.name} holds {sum(e - b for b, e in spans)} bytes.", f"The quota is {quota}.")
-    return header
+    return header, head + text
 
 
 def read_tensors(path: Path, quota: int = QUOTA) -> dict[str, Tensor]:
     """The tensors of a safetensors file after its header has been checked."""
-    read_header(path, quota)
+    return _tensors(path, quota)[0]
+
+
+def _tensors(path: Path, quota: int, once: bool = False) -> tuple[dict[str, Tensor], Row | None]:
+    """:func:`read_tensors`; with ``once`` as views of one piece of memory, where the file allows it."""
+    header, head = _header(path, quota)
     try:
-        return dict(parse(path.read_bytes()))
+        if once and (found := row.read(path, header, head)) is not None:
+            return found
+        return dict(parse(path.read_bytes())), None
     except (SafetensorError, OSError, ValueError) as error:
         raise FileRefused(f"{path.name} cannot be read: {str(error)[:200]}.") from error
 
@@ -276,18 +290,22 @@ def load_file(path: str | os.PathLike[str], quota: int = QUOTA, model: nn.Module
     folder of a run stands for its adapter. Where another process replaces the folder meanwhile, it is read again.
     ``model``: the base, for the few files that leave a size to it.
     """
+    return _load_file(path, quota, model, False)[0]
+
+
+def _load_file(path: str | os.PathLike[str], quota: int, model: nn.Module | None, once: bool) -> tuple[AdapterState, Row | None]:
     folder = _of_adapter(Path(path))
     for _ in range(REREADS):
         before = _identity(folder)
         try:
             with _typed(folder.name):
-                state = _read(folder, quota, model)
+                found = _read(folder, quota, model, once)
         except OmniloraError:
             if _identity(folder) == before:
                 raise
             continue
         if _identity(folder) == before:
-            return state
+            return found
     raise FileRefused(f"{folder} is replaced faster than it can be read.", "Read it when its writer has finished.")
 
 
@@ -317,11 +335,11 @@ def _identity(folder: Path) -> tuple[int, int, int] | None:
     return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
-def _read(folder: Path, quota: int, model: nn.Module | None) -> AdapterState:
+def _read(folder: Path, quota: int, model: nn.Module | None, once: bool) -> tuple[AdapterState, Row | None]:
     from omnilora.io import formats
 
     if not (folder / MANIFEST).exists():
-        return formats.read(folder, quota, model)
+        return formats.read(folder, quota, model), None
     data = read_json(folder / MANIFEST)
     if data.get("format") != FORMAT:
         raise FileRefused(f"{MANIFEST} has format {data.get('format')!r}.", f"This version reads format {FORMAT}.")
@@ -333,7 +351,7 @@ def _read(folder: Path, quota: int, model: nn.Module | None) -> AdapterState:
     _check_types(data)
     if data["tensors"] not in (NATIVE, "adapter_model.safetensors"):
         raise FileRefused(f"{MANIFEST} names the tensor file {data['tensors']!r}.")
-    tensors = read_tensors(folder / data["tensors"], quota)
+    tensors, held = _tensors(folder / data["tensors"], quota, once)
     try:
         state = _assemble(data, tensors)
     except OmniloraError:
@@ -342,7 +360,7 @@ def _read(folder: Path, quota: int, model: nn.Module | None) -> AdapterState:
         raise FileRefused(f"{MANIFEST} breaks the format: {type(error).__name__} {error}.") from error
     if state.content() != data["content"]:
         raise FileRefused("The tensors are not those that were saved (content hash differs).", "The file is damaged.")
-    return state
+    return state, held
 
 
 _OBJECTS, _TEXTS = ("hyper", "sites", "base", "extra", "carried"), ("method", "tensors", "content", "library")
@@ -378,8 +396,9 @@ def _all(values: Any, kind: type) -> bool:
 def _assemble(data: Mapping[str, Any], tensors: dict[str, Tensor]) -> AdapterState:
     from omnilora.io import peft
 
+    hows: dict[str, Any] = {}
     if data["tensors"] != NATIVE:
-        tensors = peft.to_native(data["sites"], tensors)
+        tensors = peft.to_native(data["sites"], tensors, hows)
     sites, shared = {}, {}
     expected = set()
     for site, config in data["sites"].items():
@@ -393,7 +412,7 @@ def _assemble(data: Mapping[str, Any], tensors: dict[str, Tensor]) -> AdapterSta
                 shared[config["shared"][name]] = tensors[key]
             elif key in tensors:
                 own[name] = tensors[key]
-        sites[site] = states.site_from_config(config, own)
+        sites[site] = states.site_from_config(config, own, hows)
     carried = {}
     for path, c in data.get("carried", {}).items():
         keys = {name: f"carried::{path}::{name}" for name in c["tensors"]}
@@ -427,14 +446,15 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     hub = find_hub(model)
     if hub is not None and (report := proven.again(model, hub, key, folder, name)) is not None:
         return report
-    seen = proven.stamps(folder)
-    found = load_file(path, quota, model)
-    with _typed(Path(path).name):
-        read = placed(found, model, part)
-        peft.check_facts(model, read)
-        report = states.load_state(model, read, name, check_base=check_base)
-    file = folder / "adapter_model.safetensors"
-    file = file if file.is_file() else folder / NATIVE
-    if (folder / MANIFEST).is_file() and file.is_file() and found.method == read.method:
-        proven.remember(hub_of(model), model, key, seen, file, name, report)
+    with proven.uncollected():
+        seen = proven.stamps(folder)
+        found, held = _load_file(path, quota, model, True)
+        with _typed(Path(path).name):
+            read = placed(found, model, part)
+            peft.check_facts(model, read)
+            report = states.load_state(model, read, name, check_base=check_base, take=held is not None and read is found)
+        file = folder / "adapter_model.safetensors"
+        file = file if file.is_file() else folder / NATIVE
+        if held is not None and file.is_file() and found.method == read.method:
+            proven.remember(hub_of(model), model, key, seen, file, held, name, report)
     return report

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from omnilora.core.site import Site
+from omnilora.core.store import Store
 
 WIDTH = 32
 BLOCK = 1 << 15
@@ -51,17 +54,25 @@ def _sketch(w: Tensor) -> tuple[tuple[float, ...], float]:
     flat = w.detach().flatten().float().cpu()
     total = torch.zeros(WIDTH, dtype=torch.float64)
     signs = _signs()
+    twice, signed = torch.cat((signs, signs)), torch.empty(BLOCK)
     for at, part in enumerate(flat.split(BLOCK)):
-        signed = part * signs[: part.numel()].roll(at)
-        pad = -part.numel() % WIDTH
-        total += torch.nn.functional.pad(signed, (0, pad)).view(-1, WIDTH).sum(0).double()
+        if part.numel() == BLOCK:
+            back = BLOCK - at % BLOCK
+            total += torch.mul(part, twice[back : back + BLOCK], out=signed).view(-1, WIDTH).sum(0).double()
+            continue
+        rest = part * signs[: part.numel()].roll(at)
+        total += torch.nn.functional.pad(rest, (0, -part.numel() % WIDTH)).view(-1, WIDTH).sum(0).double()
     return tuple(float(v) for v in total.float()), float(flat.norm())
+
+
+def raw_bytes(t: Tensor) -> Any:
+    """A tensor's bytes in order, as a buffer: its own memory where that can be."""
+    return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def digest(t: Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
-    raw = t.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(raw.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(raw_bytes(t)).hexdigest()
 
 
 _kept: MutableMapping[Tensor, tuple[tuple[int, bytes], Fingerprint]] = WeakTensorKeyDictionary()
@@ -73,30 +84,48 @@ def fingerprint(site: Site) -> Fingerprint:
     origin: Fingerprint | None = site.store.origin
     if origin is not None:
         return origin
-    flat = next(iter(site.store.tensors().values())).detach().flatten()
-    sample = flat[:: max(1, flat.numel() // 64)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    mark = (site.store.parameter._version, sample)
-    kept = _kept.get(site.store.parameter)
-    if kept is not None and kept[0] == mark:
-        return kept[1]
-    made = _fingerprint(site)
-    _kept[site.store.parameter] = (mark, made)
-    return made
+    found, mark = _known(site.store)
+    if found is None:
+        found = _fingerprint(site.store, [digest(t) for t in site.store.tensors().values()])
+        _kept[site.store.parameter] = (mark, found)
+    return found
 
 
-def _fingerprint(site: Site) -> Fingerprint:
-    store = site.store
-    w = store.read().detach()
-    sketch, norm = _sketch(w)
-    h = hashlib.sha256("".join(digest(t) for t in store.tensors().values()).encode()).hexdigest()
+def _known(store: Store) -> tuple[Fingerprint | None, tuple[int, bytes]]:
+    """The fingerprint that is kept, if it still holds, and the mark by which that is told."""
+    weight = store.parameter
+    flat = next(iter(store.tensors().values())).detach().flatten()
+    mark = (weight._version, flat[:: max(1, flat.numel() // 64)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    kept = _kept.get(weight)
+    return (kept[1] if kept is not None and kept[0] == mark else None), mark
+
+
+def _fingerprint(store: Store, digests: Iterable[str]) -> Fingerprint:
+    sketch, norm = _sketch(store.read().detach())
+    h = hashlib.sha256("".join(digests).encode()).hexdigest()
     return Fingerprint(tuple(store.shape()), h, sketch, norm)
+
+
+def fingerprints(sites: Mapping[str, Site]) -> dict[str, Fingerprint]:
+    """:func:`fingerprint` of each; of new weights a second thread hashes the bytes while this one makes the sketches."""
+    out = {n: s.store.origin or _known(s.store)[0] for n, s in sites.items()}
+    new = [n for n, f in out.items() if f is None]
+    if len(new) > 1:
+        with ThreadPoolExecutor(1, "fingerprint") as pool:
+            hashed = {n: [pool.submit(digest, t) for t in sites[n].store.tensors().values()] for n in new}
+            for n in new:
+                store = sites[n].store
+                mark = _known(store)[1]
+                made = _fingerprint(store, (job.result() for job in hashed[n]))
+                _kept[store.parameter], out[n] = (mark, made), made
+    return {n: f if f is not None else fingerprint(sites[n]) for n, f in out.items()}
 
 
 def compare(saved: Mapping[str, Fingerprint], sites: Mapping[str, Site]) -> Verdict:
     """The verdict over all touched weights, and the relative distance ‖W − W'‖/‖W‖ that the sketches estimate."""
     far, size, worst, where, same = 0.0, 0.0, -1.0, "", True
-    for name, site in sites.items():
-        old, new = saved[name], fingerprint(site)
+    for name, new in fingerprints(sites).items():
+        old = saved[name]
         same &= old.digest == new.digest
         if old.digest == new.digest:
             size += old.norm**2

@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -62,12 +63,18 @@ class Adapters(nn.Module):
         self.hub = hub
         self.inner: Callable[..., Any] | None = None  # a forward that was on the instance before us
         self.slots: dict[str, list[Slot]] = {}
+        self.counts: dict[str, int] = {}  # name of a site → its slots here
         self.merged: dict[str, Tensor] = {}  # dense weights in place of stores that cannot be written
         self.quick: Callable[[Tensor], Tensor | None] | None = None
         self.asked = -1  # the hub's epoch at which ``quick`` was made, or found not to be there
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"quick": None, "asked": -1}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "counts" not in self.__dict__:  # from before sites were counted
+            self.counts = dict(Counter(s.site.name for group in self.slots.values() for s in group))
 
     def add(self, name: str, slot: Slot) -> None:
         home = path_name(name)
@@ -76,6 +83,7 @@ class Adapters(nn.Module):
         key = slot.site.key.replace(".", "/")
         self._modules[home].add_module(key, slot)  # type: ignore[union-attr]
         self.slots.setdefault(name, []).append(slot)
+        self.counts[slot.site.name] = self.counts.get(slot.site.name, 0) + 1
 
     def put(self, name: str, home: str, slot: Slot) -> None:
         """:meth:`add` for the first slot of an adapter at this layer; ``home``: its :func:`path_name`."""
@@ -83,10 +91,19 @@ class Adapters(nn.Module):
         place._modules[slot.site.key.replace(".", "/")] = slot
         self._modules[home] = place
         self.slots[name] = [slot]
+        self.counts[slot.site.name] = self.counts.get(slot.site.name, 0) + 1
 
     def drop(self, name: str) -> None:
-        self.slots.pop(name, None)
+        for slot in self.slots.pop(name, ()):
+            left = self.counts.pop(slot.site.name) - 1
+            if left:
+                self.counts[slot.site.name] = left
         self._modules.pop(path_name(name), None)
+
+    @property
+    def places(self) -> Set[str]:
+        """Names of the sites at this layer, in time that does not depend on the number of adapters."""
+        return self.counts.keys()
 
 
 class Adapted:
@@ -138,16 +155,19 @@ def _blank(base: type) -> Any:
     return cls.__new__(cls)
 
 
-def base_modules(model: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """``named_modules`` of the model itself: what adapters hold is left out, however many there are."""
-    seen = set() if seen is None else seen
-    if id(model) in seen:
-        return
-    seen.add(id(model))
-    yield prefix, model
-    for name, child in model._modules.items():
-        if child is not None and not isinstance(child, Adapters):
-            yield from base_modules(child, f"{prefix}.{name}" if prefix else name, seen)
+    seen: set[int] = set()
+    ahead = [(prefix, model)]
+    while ahead:
+        path, module = ahead.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        inside = [(f"{path}.{n}" if path else n, m) for n, m in module._modules.items() if m is not None and not isinstance(m, Adapters)]
+        inside.reverse()
+        ahead += inside
 
 
 def attach_layer(layer: nn.Module, hub: Hub) -> Adapters:
@@ -198,7 +218,7 @@ def run(layer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         ctx = in_backward(hub, ctx)
     active = hub.active if ctx.active is None else ctx.active
     if hub.visits is not None:
-        hub.visits.update(slot.site.name for slots in mine.slots.values() for slot in slots)
+        hub.visits.add(id(mine))
     if ctx.rows is not None:
         return _run_rows(layer, mine, ctx, ctx.rows, forward, args, kwargs)
     if quicken is not None and not torch.is_grad_enabled() and (mine.asked != hub.epoch or mine.quick is not None):

@@ -123,10 +123,13 @@ class Slot(nn.Module):
 
     def __init__(self, how: Parameterization, site: Site, scale: float, adapter: str) -> None:
         super().__init__()
-        self.how, self.site, self.scale, self.adapter = how, site, scale, adapter
-        self.roles: dict[str, str] = {}
-        self.shared: dict[str, str] = {}
-        self.marks: dict[str, Any] = {}  # what rules note about this site (a rank pattern), saved with the adapter
+        own = self.__dict__  # none of these is a tensor or a module: what nn.Module's assignment would look for
+        own["how"], own["site"], own["scale"], own["adapter"] = how, site, scale, adapter
+        self.roles: dict[str, str]
+        self.shared: dict[str, str]
+        self.marks: dict[str, Any]
+        # marks: what rules note about this site (a rank pattern), saved with the adapter
+        own["roles"], own["shared"], own["marks"] = {}, {}, {}
 
     def _get_name(self) -> str:
         return f"{type(self.how).__name__}Slot"
@@ -150,7 +153,7 @@ class Slot(nn.Module):
             self.roles[name] = leaf.role
             if leaf.shared is not None:
                 self.shared[name] = leaf.shared
-        for name, module in self.named_modules():
+        for name, module in self.named_modules() if self._modules else ():
             if name:
                 module.roles = {k[len(name) + 1 :]: v for k, v in self.roles.items() if k.startswith(f"{name}.")}  # type: ignore[assignment]
 
@@ -174,6 +177,7 @@ class Parameterization(ABC):
     known: ClassVar[dict[str, type[Parameterization]]] = {}
     mergeable: ClassVar[bool] = True
     reads_weight: ClassVar[bool] = False  # needs W itself (norms, rows), not only its product with x
+    by_size: ClassVar[bool] = False  # shapes of ``init`` on a linear site follow from its sizes; each class says it for itself
 
     @property
     def exact_gradient(self) -> bool:

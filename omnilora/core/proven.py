@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import os
-import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from omnilora.core.context import Hub
 from omnilora.core.layer import Adapted, attach_layer, base_modules, blank, path_name
 from omnilora.core.method import Method
 from omnilora.core.parameterization import Parameterization, Slot, is_still
+from omnilora.core.row import Lease, Row, lease
 from omnilora.core.site import Site
 
 KEPT = 1024  # files
@@ -37,7 +37,7 @@ Stamp = tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One site: its slot as a pattern, its tensors as (name, learns, first byte, shape), the layer's parent and name there."""
+    """One site: its slot as a pattern, its tensors as (name, learns, first byte, numbers, shape), the layer's parent and name there."""
 
     site: Site
     parent: nn.Module
@@ -45,7 +45,7 @@ class Part:
     weight: Tensor
     state: tuple[int, int]
     pattern: Mapping[str, Any]
-    tensors: tuple[tuple[str, bool, int, tuple[int, ...]], ...]
+    tensors: tuple[tuple[str, bool, int, int, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,45 +75,36 @@ def _stamp(s: os.stat_result) -> Stamp:
     return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
 
 
-def remember(hub: Hub, model: nn.Module, key: tuple[Any, ...], seen: tuple[Stamp, ...] | None, file: Path, name: str,
+def remember(hub: Hub, model: nn.Module, key: tuple[Any, ...], seen: tuple[Stamp, ...] | None, file: Path, row: Row, name: str,
              report: Mapping[str, Any]) -> None:  # fmt: skip
-    """Keep what the load of adapter ``name`` found, where it can be done again. ``seen``: the stamps from before that load."""
+    """Keep what the load of adapter ``name`` found, where it can be done again: where every tensor is still the memory that
+    the file was read into. ``seen``: the stamps from before that load; ``row``: that memory."""
     if seen is None or stamps(file.parent) != seen:
         return
     if max(max(s[3], s[4]) for s in seen) > time.time_ns() - RACY:
         return
-    places = {id(child): (parent, at) for _, parent in base_modules(model) for at, child in parent._modules.items()}
-    slots = [s for _, layer in base_modules(model) if isinstance(layer, Adapted) for s in layer.adapters.slots.get(name, ())]
-    raw = file.read_bytes()
-    begin, where = _spans(raw)
+    places: dict[int, tuple[nn.Module, str]] = {}
+    slots: list[Slot] = []
+    base: list[Tensor] = []
+    for _, layer in base_modules(model):
+        places |= {id(child): (layer, at) for at, child in layer._modules.items()}
+        base += [p for p in layer._parameters.values() if p is not None]
+        if isinstance(layer, Adapted):
+            slots += layer.adapters.slots.get(name, ())
     parts = []
     for slot in slots:
-        made = _part(slot, places, raw, begin, where)
+        made = _part(slot, places, row)
         if made is None:
             return
         parts.append(made)
-    base = tuple(p for _, layer in base_modules(model) for p in layer._parameters.values() if p is not None)
     kept: dict[Any, Proven] = hub.kept.setdefault("proven", {})
     while len(kept) >= KEPT:
         kept.pop(next(iter(kept)))
-    kept[key] = Proven(seen, file, begin, len(raw) - begin, tuple(parts), base, hub.values["methods"][name], name in hub.needs_run,
-                       dict(hub.values.get("extra", {}).get(name, {})), dict(report))  # fmt: skip
+    kept[key] = Proven(seen, file, row.begin, row.size - row.begin, tuple(parts), tuple(base), hub.values["methods"][name],
+                       name in hub.needs_run, dict(hub.values.get("extra", {}).get(name, {})), dict(report))  # fmt: skip
 
 
-def _spans(raw: bytes) -> tuple[int, dict[tuple[int, ...], list[int]]]:
-    """Where the tensors' bytes begin, and the first bytes of the fp32 tensors of each shape."""
-    import json
-
-    (length,) = struct.unpack("<Q", raw[:8])
-    where: dict[tuple[int, ...], list[int]] = {}
-    for name, info in json.loads(raw[8 : 8 + length]).items():
-        if name != "__metadata__" and info["dtype"] == "F32":
-            where.setdefault(tuple(info["shape"]), []).append(info["data_offsets"][0])
-    return 8 + length, where
-
-
-def _part(slot: Slot, places: Mapping[int, tuple[nn.Module, str]], raw: bytes, begin: int,
-          where: Mapping[tuple[int, ...], list[int]]) -> Part | None:  # fmt: skip
+def _part(slot: Slot, places: Mapping[int, tuple[nn.Module, str]], row: Row) -> Part | None:
     site = slot.site
     plain = (site.kind == "linear" and site.called and site.host is None and slot.how.placed.__func__ is Parameterization.placed  # type: ignore[attr-defined]
              and not slot._modules and not slot._buffers and not slot.shared and id(site.layer) in places)  # fmt: skip
@@ -123,22 +114,14 @@ def _part(slot: Slot, places: Mapping[int, tuple[nn.Module, str]], raw: bytes, b
     still = slot.how.frozen()
     tensors = []
     for name, p in slot._parameters.items():
-        if p is None or p.dtype != torch.float32 or begin % 4:
+        at = None if p is None else row.offset(p)
+        if p is None or at is None or p.dtype != torch.float32 or not p.is_contiguous() or p._version:
             return None
-        data = _bytes(p.detach())
-        at = next((o for o in where.get(tuple(p.shape), ()) if raw[begin + o : begin + o + len(data)] == data), None)
-        if at is None or at % 4:
-            return None
-        tensors.append((name, not is_still(name, still), at, tuple(p.shape)))
+        tensors.append((name, not is_still(name, still), at, p.numel(), tuple(p.shape)))
     parent, child = places[id(site.layer)]
     weight = store.parameter
     pattern = {k: v for k, v in vars(slot).items() if not k.startswith("_") and k not in ("adapter", "training")}
     return Part(site, parent, child, weight, (weight.data_ptr(), weight._version), pattern, tuple(tensors))
-
-
-def _bytes(t: Tensor) -> memoryview:
-    raw: Any = t.numpy()
-    return memoryview(raw).cast("B")
 
 
 def again(model: nn.Module, hub: Hub, key: tuple[Any, ...], folder: Path, name: str) -> dict[str, Any] | None:
@@ -153,7 +136,7 @@ def again(model: nn.Module, hub: Hub, key: tuple[Any, ...], folder: Path, name: 
         if p.requires_grad:
             p.requires_grad_(False)
     home, fresh = path_name(name), False
-    with _uncollected():
+    with uncollected():
         for part in known.parts:
             layer: Any = part.site.layer
             if not isinstance(layer, Adapted):
@@ -174,7 +157,7 @@ def again(model: nn.Module, hub: Hub, key: tuple[Any, ...], folder: Path, name: 
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """A thousand new objects that all live on: collections meanwhile would find nothing, in most of the time."""
     on = gc.isenabled()
     gc.disable()
@@ -194,9 +177,10 @@ def _stands(part: Part) -> bool:
     )
 
 
-def _read(known: Proven) -> memoryview | None:
+def _read(known: Proven) -> Lease | None:
     """The bytes of the tensors, read into memory of their own."""
-    out = _bytes(torch.empty(known.size, dtype=torch.uint8))
+    memory = lease(known.size)
+    out = memoryview(memory)  # type: ignore[arg-type]
     try:
         with open(known.file, "rb", buffering=0) as f:
             before = _stamp(os.fstat(f.fileno()))
@@ -207,18 +191,15 @@ def _read(known: Proven) -> memoryview | None:
             same = got == known.size and before in known.stamps and _stamp(os.fstat(f.fileno())) == before
     except OSError:
         return None
-    return out if same else None
+    return memory if same else None
 
 
-def _slot(part: Part, name: str, data: memoryview, training: bool) -> Slot:
+def _slot(part: Part, name: str, data: Lease, training: bool) -> Slot:
     pattern = part.pattern
     slot = blank(Slot)
     slot.__dict__.update(pattern)
     slot.__dict__.update(adapter=name, roles=dict(pattern["roles"]), shared={}, marks=dict(pattern["marks"]), training=training)
-    for tensor, learns, at, shape in part.tensors:
-        count = 1
-        for n in shape:
-            count *= n
+    for tensor, learns, at, count, shape in part.tensors:
         value = torch.frombuffer(data, dtype=torch.float32, count=count, offset=at).view(shape)
-        slot._parameters[tensor] = nn.Parameter(value, requires_grad=learns)
+        slot._parameters[tensor] = Tensor._make_subclass(nn.Parameter, value, learns)
     return slot

@@ -11,6 +11,7 @@ import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -346,6 +347,11 @@ def role_of(name: str, layer: nn.Module) -> str:
         return "embedding"
     if "norm" in type(layer).__name__.lower():
         return "norm"
+    return _role_by_name(name)
+
+
+@lru_cache(maxsize=1 << 14)
+def _role_by_name(name: str) -> str:
     if _HEAD.search(name):
         return "head"
     if _ROUTER.search(name):

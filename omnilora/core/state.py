@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from omnilora.core.attach import TiedUse, activate, check, find_hub, hub_of, place, slots
-from omnilora.core.fingerprint import Fingerprint, compare, fingerprint
+from omnilora.core.fingerprint import Fingerprint, compare, fingerprints, raw_bytes
 from omnilora.core.layer import base_modules, path_name
 from omnilora.core.method import Method
 from omnilora.core.op import Op
@@ -77,9 +78,11 @@ class AdapterState:
         h = hashlib.sha256()
         for name, t in sorted(self.everything().items()):
             h.update(f"{name}|{tuple(t.shape)}|{t.dtype}|".encode())
-            h.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            h.update(raw_bytes(t))
+        hows: dict[int, str] = {}
         for name, s in sorted(self.sites.items()):
-            h.update(f"{name}|{s.scale!r}|{to_config(s.how)!r}".encode())
+            how = hows.get(id(s.how)) or hows.setdefault(id(s.how), repr(to_config(s.how)))
+            h.update(f"{name}|{s.scale!r}|{how}".encode())
         for path, c in sorted(self.carried.items()):
             h.update(f"{path}|{c.store}|{sorted(c.said.items())!r}".encode())
         return h.hexdigest()
@@ -119,10 +122,12 @@ def state(model: nn.Module, adapter: str | None = None, *, with_base: bool = Tru
                                           (slot.site.fan_out, slot.site.fan_in))  # fmt: skip
     base: dict[str, Fingerprint] = {}
     if with_base:
+        touched: dict[str, Site] = {}
         for slot in slots(model, name):
             site = slot.site
             if site.param and not site.store.parameter.is_meta:
-                base.setdefault(f"{site.name.partition('[')[0]}", fingerprint(site))
+                touched.setdefault(f"{site.name.partition('[')[0]}", site)
+        base = fingerprints(touched)
     carried = {s.site.name.partition("[")[0]: _carried(s.site) for s in slots(model, name)
                if s.site.param and s.site.store.carried}  # fmt: skip
     return AdapterState(method.key, dict(method.hyper), sites, pool, base,
@@ -167,15 +172,20 @@ def site_at(model: nn.Module, name: str, s: SiteState, layers: Mapping[str, nn.M
     return made
 
 
-def load_state(model: nn.Module, state: AdapterState, name: str = "default", *, check_base: bool = True) -> dict[str, Any]:
-    """Put a saved adapter on a model, all or nothing, and activate it. Returns a report with named figures."""
+def load_state(model: nn.Module, state: AdapterState, name: str = "default", *, check_base: bool = True,
+               take: bool = False) -> dict[str, Any]:  # fmt: skip
+    """Put a saved adapter on a model, all or nothing, and activate it. Returns a report with named figures.
+
+    ``take``: nobody else uses the tensors of ``state``, so that the adapter may have them instead of copies.
+    """
     hub = find_hub(model)
     if hub is not None and name in hub.names:
         raise AttachError(f"An adapter named {name!r} is already on the model.", "Choose another name or detach it.")
     layers = dict(base_modules(model))
     plan = [(site_at(model, n, s, layers), s.how) for n, s in state.sites.items()]
     _peers(plan)
-    made = [None if isinstance(s.how, TiedUse) else _leaves(site, s, state)
+    taken: set[int] | None = set() if take else None
+    made = [None if isinstance(s.how, TiedUse) else _leaves(site, s, state, taken)
             for (site, _), s in zip(plan, state.sites.values())]  # fmt: skip
     weights = carried_weights(state, layers)
     report: dict[str, Any] = {"sites": len(plan), "parameters": state.numel(), "base": "unproven", "distance": None}
@@ -196,8 +206,9 @@ def load_state(model: nn.Module, state: AdapterState, name: str = "default", *, 
     for put in weights:
         put()
     placed = place(model, plan, made, name, method, {n: s.scale for n, s in state.sites.items()})
-    for slot in slots(model, name):
-        slot.marks.update(state.sites[slot.site.name].marks)
+    if any(s.marks for s in state.sites.values()):
+        for slot in slots(model, name):
+            slot.marks.update(state.sites[slot.site.name].marks)
     if state.extra:
         placed.values.setdefault("extra", {})[name] = dict(state.extra)
     if method.rules:
@@ -217,10 +228,44 @@ def _peers(plan: list[tuple[Site, Parameterization]]) -> None:
     _with_peers(plan)
 
 
-def _leaves(site: Site, s: SiteState, state: AdapterState) -> Tensors:
-    """The saved tensors of a site, checked against what its parameterization would make."""
+_sizes: dict[Any, dict[str, tuple[int, ...]]] = {}
+
+
+def _expected(site: Site, s: SiteState) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that the parameterization would make, by nested name; empty where that is not known."""
+    if s.kind in ("block", "source"):
+        return {}
+    known = s.kind == "linear" and "by_size" in vars(type(s.how)) and s.how.by_size
+    key = (type(s.how), s.how, site.fan_out, site.fan_in, site.batch, site.region, site.layout, site.store.shape()) if known else None
+    if key is not None and key in _sizes:
+        return _sizes[key]
     with torch.device("meta"):
-        expected = dict(s.how.init(_on_meta(site)).flat()) if s.kind not in ("block", "source") else {}
+        made = {name: tuple(leaf.value.shape) for name, leaf in s.how.init(_on_meta(site)).flat()}
+    if key is not None:
+        if len(_sizes) >= 4096:
+            _sizes.clear()
+        _sizes[key] = made
+    return made
+
+
+def _finite(t: Tensor) -> bool:
+    """Whether all numbers are. A sum is not finite if one of them is not; only if it overflows they are looked at."""
+    return (t.is_floating_point() and math.isfinite(t.sum().item())) or bool(torch.isfinite(t).all())
+
+
+def _mine(t: Tensor, taken: set[int] | None) -> bool:
+    """Whether the adapter may have ``t`` itself: whole, plain, in order, and given to no other tensor of it."""
+    if taken is None or type(t) is not Tensor or t.requires_grad or not t.is_contiguous() or t.data_ptr() in taken:
+        return False
+    if t.untyped_storage().nbytes() != t.numel() * t.itemsize or not t.numel():
+        return False
+    taken.add(t.data_ptr())
+    return True
+
+
+def _leaves(site: Site, s: SiteState, state: AdapterState, taken: set[int] | None = None) -> Tensors:
+    """The saved tensors of a site, checked against what its parameterization would make. ``taken``: see :func:`_mine`."""
+    expected = _expected(site, s)
     names = set(s.tensors) | set(s.shared)
     rank_free = bool(s.marks.get("compacted"))
     if expected and names != set(expected):
@@ -230,17 +275,19 @@ def _leaves(site: Site, s: SiteState, state: AdapterState) -> Tensors:
     device = site.store.device if site.param else torch.device("cpu")
     for name in s.roles:
         t = s.tensor(name, state)
-        if expected and tuple(t.shape) != tuple(expected[name].value.shape) and not rank_free:
+        if expected and tuple(t.shape) != expected[name] and not rank_free:
             raise StateMismatch(f"{site.name}: {name} has shape {tuple(t.shape)}, the model needs "
-                                f"{tuple(expected[name].value.shape)}.", "Is this the right base model?")  # fmt: skip
-        if not torch.isfinite(t).all():
+                                f"{expected[name]}.", "Is this the right base model?")  # fmt: skip
+        if not _finite(t):
             raise StateMismatch(f"{site.name}: {name} holds NaN or infinite numbers.", "The file is damaged.")
         *path, last = name.split(".")
         home: Tensors = out
         for step in path:
             home = home.setdefault(step, Tensors())  # type: ignore[assignment]
         keep = torch.float64 if t.dtype == torch.float64 else torch.float32
-        home[last] = Leaf(t.to(device=device, dtype=keep).clone().contiguous(), s.roles[name], s.shared.get(name))
+        own = t.dtype == keep and t.device == device and _mine(t, taken)
+        value = t if own else t.to(device=device, dtype=keep).clone().contiguous()
+        home[last] = Leaf(value, s.roles[name], s.shared.get(name))
     return out
 
 
@@ -284,8 +331,13 @@ def config_of(s: SiteState) -> dict[str, Any]:
             **({"shape": list(s.shape)} if s.shape else {})}  # fmt: skip
 
 
-def site_from_config(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SiteState:
+def site_from_config(data: Mapping[str, Any], tensors: Mapping[str, Tensor],
+                     hows: dict[str, Parameterization] | None = None) -> SiteState:  # fmt: skip
+    """The inverse of :func:`config_of`. ``hows``: parameterizations already made, by the text of their config."""
+    hows = {} if hows is None else hows
+    text = repr(data["how"])
+    how = hows.get(text) or hows.setdefault(text, from_config(data["how"]))
     region = tuple(data["region"]) if data.get("region") else None
-    return SiteState(from_config(data["how"]), data["kind"], float(data["scale"]), tensors, dict(data["roles"]),
+    return SiteState(how, data["kind"], float(data["scale"]), tensors, dict(data["roles"]),
                      dict(data.get("shared", {})), region, dict(data.get("marks", {})),
                      tuple(data["shape"]) if data.get("shape") else None)  # type: ignore[arg-type]  # fmt: skip

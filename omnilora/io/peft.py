@@ -52,9 +52,9 @@ def to_peft(state: AdapterState) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, _tensors(table, state)
 
 
-def to_native(sites: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_native(sites: Mapping[str, Any], tensors: Mapping[str, Tensor], hows: dict[str, Any] | None = None) -> dict[str, Tensor]:
     """PEFT-named tensors under their native names; ``sites`` are the site configs of omnilora.json."""
-    return renamed(entries({n: site_from_config(c, {}) for n, c in sites.items()}), tensors)
+    return renamed(entries({n: site_from_config(c, {}, hows) for n, c in sites.items()}), tensors)
 
 
 def _tensors(table: Sequence[Entry], state: AdapterState) -> dict[str, Tensor]:

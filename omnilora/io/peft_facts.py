@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -58,11 +58,12 @@ def noted(model: nn.Module, state: AdapterState) -> AdapterState:
 def check_facts(model: nn.Module, state: AdapterState) -> None:
     """PEFT ignores dilation and padding mode, and trains tied heads along: a bare PEFT folder read for another kind of
     layer than PEFT took it for would be another map. Raises StateMismatch."""
-    uses = _uses(model)
+    uses: Mapping[int, int] | None = None
     for name, s in state.sites.items():
         known = s.marks.get(STORED, {})
         if s.kind not in ("conv", "embedding") or not known:
             continue
+        uses = _uses(model) if uses is None else uses
         site = site_at(model, name, s)
         here = facts(site, tied=uses.get(id(site.layer._parameters.get(site.param)), 1) > 1)
         for key in ("groups", "dilation", "padding", "tied"):

@@ -34,6 +34,8 @@ class LoRA(Factored):
     ``conv_layout`` "loralib": A (r·k, in·k), B (out/groups·k, r·k), ΔW the storage of B A re-read as the kernel.
     """
 
+    by_size = True
+
     scaling: str = "alpha/r"
     train: str = "AB"
     init_A: str = "kaiming"

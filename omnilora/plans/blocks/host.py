@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from omnilora.core.context import Context, Hub
-from omnilora.core.layer import Adapted, in_backward
+from omnilora.core.layer import Adapted, base_modules, in_backward
 from omnilora.plans.blocks import llama
 from omnilora.plans.blocks.llama import Block, Declined
 from omnilora.plans.executor import plain
@@ -69,19 +69,19 @@ def _blank(base: type) -> Any:
 
 def install(model: nn.Module, hub: Hub) -> None:
     """Plans for the decoder layers of ``model`` that hold adapters."""
-    for layer in model.modules():
+    for _, layer in base_modules(model):
         if isinstance(layer, (Planned, Adapted)) or "forward" in vars(layer) or not llama.fits(layer):
             continue
-        if any(isinstance(m, Adapted) for m in layer.modules()):
+        if any(isinstance(m, Adapted) for _, m in base_modules(layer)):
             layer.__class__ = planned_class(type(layer))
             _plans[layer] = State(hub)
 
 
 def remove(model: nn.Module) -> None:
     """Every layer without adapters gets its own class back."""
-    for layer in model.modules():
+    for _, layer in base_modules(model):
         base = vars(type(layer)).get("_base")
-        if isinstance(layer, Planned) and base is not None and not any(isinstance(m, Adapted) for m in layer.modules()):
+        if isinstance(layer, Planned) and base is not None and not any(isinstance(m, Adapted) for _, m in base_modules(layer)):
             layer.__class__ = base
             _plans.pop(layer, None)
 
@@ -107,26 +107,24 @@ def run(layer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if torch.is_grad_enabled() and not ctx.recomputed and torch._C._current_graph_task_id() != -1:
         ctx = in_backward(hub, ctx)
     rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-    key = (ctx.active, hub.active, tuple(hub.names), x.dtype, x.device, state.block is not None and state.block.still(layer))
+    key = (ctx.active, hub.active, hub.roster, x.dtype, x.device, state.block is not None and state.block.still(layer))
     if state.tried != key:
         _try(layer, state, forward, x, rest, ctx)
         state.tried = (*key[:-1], state.block is not None)
     if "layer" in state.refused:
         return forward(*args, **kwargs)
     if hub.visits is not None:
-        hub.visits.update(_sites(layer))
+        hub.visits.update(_adapted(layer))
     return _pass(layer, state, x, rest, ctx)
 
 
-def _sites(layer: nn.Module) -> Iterator[str]:
-    for module in layer.modules():
-        if isinstance(module, Adapted):
-            yield from (slot.site.name for group in module.adapters.slots.values() for slot in group)
+def _adapted(layer: nn.Module) -> Iterator[int]:
+    return (id(module.adapters) for _, module in base_modules(layer) if isinstance(module, Adapted))
 
 
 def _found(layer: nn.Module) -> State | None:
     """The state of a layer that came out of a copy or a file."""
-    inside = next((m for m in layer.modules() if isinstance(m, Adapted)), None)
+    inside = next((m for _, m in base_modules(layer) if isinstance(m, Adapted)), None)
     return None if inside is None else _plans.setdefault(layer, State(inside.adapters.hub))
 
 
