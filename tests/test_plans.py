@@ -502,3 +502,47 @@ def test_what_was_made_for_one_forward_is_gone_in_the_next():
     with executor.off():
         assert gap(model.model(inputs_embeds=x).last_hidden_state, after) < 1e-5 < gap(before, after)
     after.sum().backward()
+
+
+# -- how much is done, counted ----------------------------------------------------------------------------------------------------------------
+
+
+class Products_(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts matrix products, and elementwise passes over something as wide as the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm):
+            self.products += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_block_makes_the_least_number_of_products():
+    """Seven base products each way; four narrow ones of x (q, k, v share theirs, and gate and up), seven wide; backward as many of each
+    kind for A, and seven for B and for h."""
+    model = adapted("lora")
+    layer, x = model.model.layers[0], torch.randn(1, 20, 32, requires_grad=True)
+    place = torch.arange(20)[None]
+    options = {"position_embeddings": model.model.rotary_emb(x, place), "attention_mask": None, "position_ids": place}
+    layer(x, **options)
+    assert host._plans[layer].block is not None and not host._plans[layer].refused
+    with Products_() as forward:
+        y = layer(x, **options)
+    with Products_() as backward:
+        y.sum().backward()
+    assert forward.products == 7 + 4 + 7
+    assert backward.products == 7 + 4 + 4 + 7 + 7
+
+
+def test_a_mask_is_drawn_once_for_what_shares_an_input(monkeypatch):
+    model = ol.adapt(model_of(layers=1), ol.method("lora", r=2, dropout=0.1)).train()
+    x = torch.randn(1, 20, 32)
+    model(inputs_embeds=x)
+    seeds = []
+    was = llama.draw_seed
+    monkeypatch.setattr(llama, "draw_seed", lambda: (seeds.append(1), was())[1])
+    model(inputs_embeds=x)
+    assert len(seeds) == 4  # q k v; o; gate up; down
