@@ -43,7 +43,7 @@ def made(p: Slot, ctx: Context) -> Any:
 def _grouped(slots: Iterable[Slot]) -> list[Group]:
     groups: dict[Any, Group] = {}
     for slot in slots:
-        if type(slot.how).together is not Parameterization.together:
+        if getattr(type(slot.how), "together", Parameterization.together) is not Parameterization.together:
             shapes = tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in slot.tensors())
             groups.setdefault((slot.adapter, slot.how, shapes), []).append(slot)
     return list(groups.values())

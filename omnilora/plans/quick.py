@@ -22,7 +22,9 @@ from omnilora.core.context import EMPTY, Context
 from omnilora.core.layer import Adapters, build
 from omnilora.core.site import Base
 from omnilora.plans import executor, steps
+from omnilora.plans.elementwise import magnify_
 from omnilora.plans.normal import Normal, lower
+from omnilora.plans.product import Line, divides, factor
 
 Quick = Callable[[Tensor], Tensor | None]
 
@@ -103,9 +105,11 @@ def _held(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick:
     w, bias = executor.constants_of(normal.base, layer.weight)  # type: ignore[arg-type]
     s, a, b, d = executor.joined(normal.low, layer.weight)
     dtype, whole = w.dtype, isinstance(normal.base, Base)  # type: ignore[union-attr]
-    a, bt = a.detach().to(dtype), b.detach().to(dtype).t().contiguous()
-    a = a if d is None else a * d.detach().to(dtype).unsqueeze(-1)
-    c, off = (None if t is None else t.detach().to(dtype) for t in (normal.c, normal.b))
+    a, bt = a.detach().to(dtype), b.detach().to(dtype).t()
+    d, off = (None if t is None else t.detach().to(dtype) for t in (d, normal.b))
+    c = None if normal.c is None else normal.c.detach()
+    divided = c is not None and divides(Line(w, bias, b=off), dtype)
+    c = None if c is None else factor(c) if divided else c.to(dtype)
     bias = bias if whole else None
     tables = {id(m._parameters): m._parameters for slot, _ in pairs for m in slot.modules()} | {id(layer._parameters): layer._parameters}
     seen = [(table, n, t, t._version, t.data_ptr()) for table in tables.values() for n, t in table.items() if t is not None]
@@ -118,17 +122,20 @@ def _held(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick:
         for table, n, t, version, at in seen:
             if table[n] is not t or t._version != version or t.data_ptr() != at:
                 return None
-        y = _added(F.linear(x, w, bias), F.linear(x, a), bt, s)  # type: ignore[arg-type]
-        y = y if c is None else y.mul_(c)
+        y = _added(F.linear(x, w, bias), F.linear(x, a), bt, s, d)  # type: ignore[arg-type]
+        if c is not None:
+            y = magnify_(y.view(-1, y.shape[-1]), c).view(y.shape) if divided else y.mul_(c)
         return y if off is None else y.add_(off)
 
     return call
 
 
-def _added(y: Tensor, h: Tensor, bt: Tensor, s: float) -> Tensor:
-    """y (…, out) += s h (…, r) Bᵀ, rounded as the general pass rounds."""
+def _added(y: Tensor, h: Tensor, bt: Tensor, s: float, d: Tensor | None = None) -> Tensor:
+    """y (…, out) += s (d ⊙ h (…, r)) Bᵀ, rounded as the general pass rounds."""
     if s != 1.0:
         h.mul_(s)
+    if d is not None:
+        h.mul_(d)
     if y.dim() == 2:
         return y.addmm_(h, bt)
     y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), bt)

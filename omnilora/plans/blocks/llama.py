@@ -200,7 +200,9 @@ def attend(attn: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, kwargs: dict
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     call = ALL_ATTENTION_FUNCTIONS.get_interface(attn.config._attn_implementation, module.eager_attention_forward)
-    window = {"sliding_window": attn.sliding_window} if hasattr(attn, "sliding_window") else {}
+    window = {}
+    if hasattr(attn, "sliding_window") or getattr(attn.config, "sliding_window", None) is not None:
+        window = {"sliding_window": getattr(attn, "sliding_window", getattr(attn.config, "sliding_window", None))}
     drop = attn.attention_dropout if attn.training else 0.0
     a, _ = call(attn, q, k, v, mask, dropout=drop, scaling=attn.scaling, **window, **kwargs)
     return a.reshape(*a.shape[:2], -1).contiguous()
