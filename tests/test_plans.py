@@ -546,3 +546,19 @@ def test_a_mask_is_drawn_once_for_what_shares_an_input(monkeypatch):
     monkeypatch.setattr(llama, "draw_seed", lambda: (seeds.append(1), was())[1])
     model(inputs_embeds=x)
     assert len(seeds) == 4  # q k v; o; gate up; down
+
+
+def test_a_merged_layer_and_another_active_set_leave_the_short_way():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5)).eval()
+    ol.adapt(model, ol.method("lora", r=2))
+    shake(model)
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        want = model(x)
+        assert model[0].adapters.quick is not None
+        report = ol.merge(model, probe=lambda m: m(x))
+        assert report.largest < 1e-5 and gap(model(x), want) < 1e-5
+        ol.unmerge(model)
+        model._omnilora.active = ()
+        assert gap(model(x), F.linear(x, model[0].weight, model[0].bias)) < 1e-6

@@ -61,12 +61,14 @@ def _made(layer: Any, mine: Adapters) -> Quick | None:
     if any(k.p or k.gates for k in normal.low) or not torch.equal(before, torch.get_rng_state()):
         return None
     call = _direct(layer, pairs, normal) or _held(layer, pairs, normal)
-    epoch, local, dtype, scales = hub.epoch, hub.local, layer.weight.dtype, [(s, s.scale, s.how, s.training) for s, _ in pairs]
-    grad, stack, auto = torch.is_grad_enabled, torch._C._functorch.peek_interpreter_stack, torch.is_autocast_enabled
+    active, epoch, local, dtype = hub.active, hub.epoch, hub.local, layer.weight.dtype
+    scales = [(s, s.scale, s.how, s.training) for s, _ in pairs]
+    grad, auto = torch.is_grad_enabled, torch.is_autocast_enabled
+    stack = torch._C._functorch.peek_interpreter_stack
     forward_ad = torch.autograd.forward_ad
 
     def quick(x: Tensor) -> Tensor | None:
-        if (hub.epoch != epoch or local.context is not EMPTY or hub.visits is not None or grad() or type(x) is not Tensor
+        if (hub.epoch != epoch or hub.active is not active or hub.merged or local.context is not EMPTY or hub.visits is not None or grad() or type(x) is not Tensor
                 or x.dtype is not dtype or stack() is not None or forward_ad._current_level >= 0 or not executor.serves()
                 or auto(x.device.type)):  # fmt: skip
             return None
