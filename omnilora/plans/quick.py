@@ -68,8 +68,9 @@ def _made(layer: Any, mine: Adapters) -> Quick | None:
     forward_ad = torch.autograd.forward_ad
 
     def quick(x: Tensor) -> Tensor | None:
-        if (hub.epoch != epoch or hub.active is not active or hub.merged or local.context is not EMPTY or hub.visits is not None or grad() or type(x) is not Tensor
-                or x.dtype is not dtype or stack() is not None or forward_ad._current_level >= 0 or not executor.serves()
+        if hub.epoch != epoch or hub.active is not active or hub.merged or hub.visits is not None or local.context is not EMPTY or grad():
+            return None
+        if (type(x) is not Tensor or x.dtype is not dtype or stack() is not None or forward_ad._current_level >= 0 or not executor.serves()
                 or auto(x.device.type)):  # fmt: skip
             return None
         for slot, scale, how, training in scales:
