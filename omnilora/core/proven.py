@@ -26,7 +26,7 @@ from omnilora.core.context import Hub
 from omnilora.core.layer import Adapted, attach_layer, base_modules, blank, path_name
 from omnilora.core.method import Method
 from omnilora.core.parameterization import Parameterization, Slot, is_still
-from omnilora.core.row import Lease, Row, lease
+from omnilora.core.row import ALIGNED, Lease, Row, lease
 from omnilora.core.site import Site
 
 KEPT = 1024  # files
@@ -201,5 +201,6 @@ def _slot(part: Part, name: str, data: Lease, training: bool) -> Slot:
     slot.__dict__.update(adapter=name, roles=dict(pattern["roles"]), shared={}, marks=dict(pattern["marks"]), training=training)
     for tensor, learns, at, count, shape in part.tensors:
         value = torch.frombuffer(data, dtype=torch.float32, count=count, offset=at).view(shape)
+        value = value.clone() if at % ALIGNED else value
         slot._parameters[tensor] = Tensor._make_subclass(nn.Parameter, value, learns)
     return slot

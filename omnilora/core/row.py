@@ -17,6 +17,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 
 
+ALIGNED = 64  # bytes; products round otherwise on numbers that begin elsewhere, so these are copied out
 SPARE = 64 << 20  # bytes of memory that are kept for the next file: pages that were used before need not be made
 _spare: list[Any] = []
 _lending = threading.RLock()  # a collection inside may give memory back in the same thread
@@ -55,9 +56,12 @@ class Row:
     address: int
     size: int
     begin: int
+    copies: Mapping[int, int]  # address of a tensor that was copied out → where its bytes are, counted from ``begin``
 
     def offset(self, t: Tensor) -> int | None:
         """Where the bytes of ``t`` are, counted from ``begin``; None where they are not of this file."""
+        if t.data_ptr() in self.copies:
+            return self.copies[t.data_ptr()]
         at = t.data_ptr() - self.address - self.begin
         return at if 0 <= at <= self.size - self.begin - t.numel() * t.itemsize else None
 
@@ -78,8 +82,9 @@ def read(path: Path, header: Mapping[str, Any], head: bytes) -> tuple[dict[str, 
     texts = header.get("__metadata__", {})
     if not isinstance(texts, dict) or not all(isinstance(v, str) for v in texts.values()) or head[8:9] != b"{":
         return None
-    memory = lease(begin + at)
-    view = memoryview(memory)  # type: ignore[arg-type]
+    pad = -begin % ALIGNED
+    memory = lease(pad + begin + at)
+    view = memoryview(memory)[pad:]  # type: ignore[arg-type]
     with open(path, "rb", buffering=0) as f:
         if os.fstat(f.fileno()).st_size != begin + at:
             return None
@@ -88,9 +93,13 @@ def read(path: Path, header: Mapping[str, Any], head: bytes) -> tuple[dict[str, 
             got += n
     if got != begin + at or view[:begin] != head:
         return None
-    out = {}
+    out, copies = {}, {}
     for (first, last), name in spans:
         dtype = DTYPES[header[name]["dtype"]]
         count = (last - first) // dtype.itemsize
-        out[name] = torch.frombuffer(memory, dtype=dtype, count=count, offset=begin + first).view(header[name]["shape"])
-    return out, Row(memory, memory.ctypes.data, begin + at, begin)
+        t = torch.frombuffer(memory, dtype=dtype, count=count, offset=pad + begin + first).view(header[name]["shape"])
+        if first % ALIGNED:
+            t = t.clone()
+            copies[t.data_ptr()] = first
+        out[name] = t
+    return out, Row(memory, memory.ctypes.data + pad, begin + at, begin, copies)

@@ -9,6 +9,8 @@
 
 namespace {
 
+constexpr int64_t GRAIN = 32768;  // numbers below which a second thread costs more than it brings
+
 struct bf16 {
     uint16_t bits;
 };
@@ -39,7 +41,7 @@ inline float rounded(float x) {
 // y = w ⊙ x / √(mean x² + eps); `between`: x / √… is rounded before w meets it; `shift` is added to w.
 template <class T>
 void rms_forward(const T* x, const T* w, T* y, float* rstd, int64_t rows, int64_t d, float eps, float shift, int64_t between) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * d > GRAIN)
     for (int64_t t = 0; t < rows; ++t) {
         const T* xt = x + t * d;
         T* yt = y + t * d;
@@ -61,7 +63,7 @@ void rms_forward(const T* x, const T* w, T* y, float* rstd, int64_t rows, int64_
 // dx = rstd (v − x̂ mean(v ⊙ x̂)) + add,  v = w ⊙ dy,  x̂ = x rstd
 template <class T>
 void rms_backward(const T* dy, const T* x, const T* w, const float* rstd, const T* add, T* dx, int64_t rows, int64_t d, float shift) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * d > GRAIN)
     for (int64_t t = 0; t < rows; ++t) {
         const T *g = dy + t * d, *xt = x + t * d;
         T* out = dx + t * d;
@@ -105,7 +107,7 @@ constexpr int64_t CHUNK = 2048;
 // p = silu(g) ⊙ u
 template <class T>
 void swiglu_forward(const T* g, const T* u, T* p, int64_t n) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n > GRAIN)
     for (int64_t c = 0; c < n; c += CHUNK) {
         int64_t end = c + CHUNK < n ? c + CHUNK : n;
 #pragma omp simd
@@ -119,7 +121,7 @@ void swiglu_forward(const T* g, const T* u, T* p, int64_t n) {
 // dg, du and p again, from dp
 template <class T>
 void swiglu_backward(const T* dp, const T* g, const T* u, T* dg, T* du, T* p, int64_t n) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n > GRAIN)
     for (int64_t c = 0; c < n; c += CHUNK) {
         int64_t end = c + CHUNK < n ? c + CHUNK : n;
 #pragma omp simd
@@ -138,7 +140,7 @@ template <class T>
 void rope(const T* x, T* y, const T* cosine, const T* sine, int64_t batch, int64_t length, int64_t heads, int64_t d, int64_t sb,
           int64_t sl, int64_t sh, int64_t table, int64_t back) {
     int64_t half = d / 2;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (batch * length * heads * d > GRAIN)
     for (int64_t t = 0; t < batch * length; ++t) {
         int64_t n = t / length, l = t % length;
         const T *c = cosine + n * table + l * d, *s = sine + n * table + l * d;
@@ -180,7 +182,7 @@ inline uint32_t mixed(uint32_t i, uint32_t s0, uint32_t s1) {
 template <class T>
 void drop(const T* x, T* y, int64_t n, int64_t s0, int64_t s1, int64_t limit, float scale) {
     uint32_t a = uint32_t(s0), b = uint32_t(s1), low = uint32_t(limit);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n > GRAIN)
     for (int64_t c = 0; c < n; c += CHUNK) {
         int64_t end = c + CHUNK < n ? c + CHUNK : n;
 #pragma omp simd
@@ -192,7 +194,7 @@ void drop(const T* x, T* y, int64_t n, int64_t s0, int64_t s1, int64_t limit, fl
 template <class T>
 void drop_add(const T* v, T* to, int64_t n, int64_t s0, int64_t s1, int64_t limit, float scale) {
     uint32_t a = uint32_t(s0), b = uint32_t(s1), low = uint32_t(limit);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n > GRAIN)
     for (int64_t c = 0; c < n; c += CHUNK) {
         int64_t end = c + CHUNK < n ? c + CHUNK : n;
 #pragma omp simd
@@ -204,7 +206,7 @@ void drop_add(const T* v, T* to, int64_t n, int64_t s0, int64_t s1, int64_t limi
 // y (rows, d) = c ⊙ z; the two may be one array
 template <class T>
 void scale_columns(const T* z, const float* c, T* y, int64_t rows, int64_t d) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * d > GRAIN)
     for (int64_t t = 0; t < rows; ++t) {
         const T* zt = z + t * d;
         T* yt = y + t * d;
@@ -217,7 +219,7 @@ void scale_columns(const T* z, const float* c, T* y, int64_t rows, int64_t d) {
 template <class T>
 void scale_backward(const T* g, const T* y, const float* c, T* gz, float* sum, int64_t rows, int64_t d) {
     std::fill(sum, sum + d, 0.f);
-#pragma omp parallel
+#pragma omp parallel if (rows * d > GRAIN)
     {
         std::vector<float> part(d, 0.f);
         float* held = part.data();
