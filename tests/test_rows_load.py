@@ -209,5 +209,6 @@ def test_the_time_does_not_grow_with_the_number_of_adapters(tmp_path, quick):
     early = calls("early")
     for i in range(60):
         ol.load(model, path, f"n{i}")
-    assert calls("late") <= early * 1.05 + 20
+    late = min(calls(f"late{i}") for i in range(3))  # a collection may fall into one of them
+    assert late <= early * 1.05 + 20
     assert all(r is not None for r in quick[1:])
