@@ -57,8 +57,8 @@ class RandLoRA(Factored):
         d, D = sorted((site.fan_in, site.fan_out))
         n = math.ceil(d / self.r)
         return Tensors(
-            A=shared("A", input_side(a)),
-            B=shared("B", output_side(b)),
+            A=shared("A", input_side(a.clone())),
+            B=shared("B", output_side(b.clone())),
             lam=core(zeros(self.r, n)),
             gamma=core(torch.full((n, d), 1 / max(n, d))),
         )

@@ -72,8 +72,8 @@ class VeRA(Parameterization):
         a, b = (torch.empty(self.r, fan_in), torch.empty(fan_out, self.r)) if zeros(1).is_meta else projections(
             self.seed, self.r, fan_in, fan_out)  # fmt: skip
         return Tensors(
-            A=shared("A", input_side(a)),
-            B=shared("B", output_side(b)),
+            A=shared("A", input_side(a.clone())),
+            B=shared("B", output_side(b.clone())),
             d=core(torch.full((self.r,), self.d_init)),
             b=magnitude(zeros(site.fan_out)),
         )
