@@ -9,6 +9,8 @@ import difflib
 from collections.abc import Iterable
 from types import ModuleType
 
+LONGEST = 1200  # characters of a message: a hostile value is shown in part
+
 
 class OmniloraError(Exception):
     """Base class. ``code`` is stable; ``remedy`` says what to do.
@@ -21,6 +23,8 @@ class OmniloraError(Exception):
     code = "omnilora"
 
     def __init__(self, message: str, remedy: str = "") -> None:
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST - 200]} … {message[-199:]}"
         self.message, self.remedy = message, remedy
         super().__init__(f"[{self.code}] {message}" + (f" {remedy}" if remedy else ""))
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
+import yaml
 
 from omnilora.errors import BadValue, DataError, UnknownName
+from omnilora.io.yaml import parse_yaml
 from omnilora.training.batches import Collate, Feed, order, pack
 from omnilora.training.config import TrainConfig
 from omnilora.training.data import Row, hold_out, label_set, read_rows
@@ -299,3 +302,31 @@ def test_bad_yaml(tmp_path):
         TrainConfig.from_yaml(tmp_path / "c.yaml")
     with pytest.raises(BadValue, match="cannot be read"):
         TrainConfig.from_yaml(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[" * 20_000, "nests deeper than 32"),
+        ('{"a": ' * 33 + "1" + "}" * 33, "nests deeper than 32"),
+        ("x: &a [1, 2]\ny: [*a, *a]", r"alias \*a"),
+        ("steps: 3\nlr: 1.0\nsteps: 4", "'steps' is given twice"),
+        ("a: " + "x" * (1 << 20), "more than 1048576 characters"),
+        ("a: 2001-99-99", "no YAML"),
+        (b"\xff\xfe\x00", "not UTF-8 at byte 0"),
+    ],
+)
+def test_yaml_is_refused_before_it_costs(text, says, tmp_path):
+    (tmp_path / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    start = time.thread_time()
+    with pytest.raises(BadValue, match=says) as refused:
+        TrainConfig.from_yaml(tmp_path / "c.yaml")
+    assert time.thread_time() - start < 0.1
+    assert len(str(refused.value)) < 1500
+
+
+def test_yaml_reads_what_the_library_reads():
+    text = TrainConfig(hyper={"r": 4}, overrides={"q_proj": {"r": 2}}, data="x.jsonl").to_yaml()
+    assert parse_yaml(text, "text") == yaml.safe_load(text)
+    nested = "a: " + "[" * 31 + "1" + "]" * 31
+    assert parse_yaml(nested, "text") == yaml.safe_load(nested)

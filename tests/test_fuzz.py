@@ -1,6 +1,7 @@
 """Damaged and hostile files: every mutation of every format loads, or is refused with a typed error, fast and small."""
 
 import copy
+import gc
 import json
 import random
 import struct
@@ -175,6 +176,15 @@ def mutated(path, raw, draw):
     return bytes_of(raw, draw)
 
 
+@pytest.fixture(autouse=True)
+def nothing_else_is_collected():
+    """What other tests left behind is not collected on the time of a refusal."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
 # -- and what comes of it --------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +280,7 @@ def config_storm(count, seed, tmp_path):
             refused += 1
         except Exception as error:
             raise AssertionError(f"mutation {i}: {type(error).__name__}: {error}\n{made[:300]!r}") from error
-        assert time.thread_time() - start < 2.0
+        assert time.thread_time() - start < 0.1, f"mutation {i} took {time.thread_time() - start:.3f} s"
     return refused
 
 

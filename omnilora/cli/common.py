@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from omnilora.errors import BadValue, MergeRefused, OmniloraError, RunError, need
+from omnilora.errors import BadValue, MergeRefused, OmniloraError, RunError
+from omnilora.io.yaml import parse_yaml
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
@@ -116,11 +117,7 @@ def size(count: float) -> str:
 
 def parse(text: str) -> Any:
     """A value as YAML reads it, with ``1e-3`` a number."""
-    yaml = need("yaml", "train")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadValue(f"{text!r} is no value: {' '.join(str(error).split())[:120]}.", "Quote it.") from error
+    value = parse_yaml(text, repr(text))
     if isinstance(value, str):
         try:
             return float(value)

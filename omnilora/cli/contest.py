@@ -11,6 +11,7 @@ from omnilora.cli.common import AsJson, Sets, emit, table
 from omnilora.cli.explaining import Config, Model
 from omnilora.cli.training import Length, Rows, Task, fraction
 from omnilora.errors import BadValue
+from omnilora.io.yaml import read_yaml
 
 
 def _numbers(text: str | None, kind: type) -> Any:
@@ -72,9 +73,8 @@ def compare(
     from omnilora.comparison import report
     from omnilora.comparison.plan import Plan
     from omnilora.comparison.runner import go
-    from omnilora.errors import need
 
-    options: dict[str, Any] = {} if plan is None else need("yaml", "train").safe_load(plan.read_text(encoding="utf-8"))
+    options: dict[str, Any] = {} if plan is None else read_yaml(plan)
     if seconds is not None and steps is None:
         options.pop("steps", None)
     given = {"methods": methods or None, "test": fraction(test), "problem": problem, "steps": steps, "seconds": seconds,

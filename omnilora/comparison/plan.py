@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from omnilora.core.method import method
-from omnilora.errors import BadValue, UnknownName, nearest, need
+from omnilora.errors import BadValue, UnknownName, nearest
+from omnilora.io.yaml import parse_yaml
 from omnilora.training.config import LOWER_IS_BETTER, METRICS, TrainConfig
 
 BASELINES: dict[str, dict[str, Any]] = {
@@ -56,7 +57,7 @@ def contestant(value: Any) -> Contestant:
         name, sign, text = pair.partition("=")
         if not sign:
             raise BadValue(f"{pair!r} in {value!r} is no NAME=VALUE.", "Write 'lora r=4 alpha=8'.")
-        hyper[name] = need("yaml", "train").safe_load(text)
+        hyper[name] = parse_yaml(text, repr(pair))
     return _checked(Contestant(value, key, hyper))
 
 

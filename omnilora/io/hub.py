@@ -15,7 +15,8 @@ from omnilora.core.files import QUOTA, load_file, read_json, write_folder
 from omnilora.core.method import entries
 from omnilora.core.parameterization import to_config
 from omnilora.core.state import AdapterState
-from omnilora.errors import BadValue, FileRefused, HubError, need
+from omnilora.errors import BadValue, HubError, need
+from omnilora.io.yaml import read_yaml
 
 FILES = ("omnilora.json", "omnilora.safetensors", "adapter_config.json", "adapter_model.safetensors")
 PULLED = ["*.json", "*.safetensors", "*.gguf", "README.md"]
@@ -57,11 +58,7 @@ def card(path: str | os.PathLike[str], repo: str = "") -> str:
 def _config(run: Path | None) -> Mapping[str, Any]:
     if run is None:
         return {}
-    yaml: Any = need("yaml", "train")
-    try:
-        data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FileRefused(f"config.yaml cannot be read: {str(error)[:120]}.", "The file is damaged.") from error
+    data = read_yaml(run / "config.yaml")
     return data if isinstance(data, dict) else {}
 
 

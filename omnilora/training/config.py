@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omnilora.errors import BadValue, UnknownName, nearest, need
+from omnilora.io.yaml import read_yaml
 
 TASKS = ("causal-lm", "classification", "embedding")
 OPTIMIZERS = ("adamw", "paged_adamw", "adam", "sgd", "adagrad", "rmsprop")
@@ -150,13 +151,7 @@ class TrainConfig:
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str], **changes: Any) -> TrainConfig:
         """Read a YAML file; ``changes`` win over the file."""
-        yaml = need("yaml", "train")
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BadValue(f"{path} cannot be read: {error.strerror}.", "Give an existing YAML file.") from error
-        except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-            raise BadValue(f"{path} is no YAML: {' '.join(str(error).split())[:300]}.") from error
+        data = read_yaml(path)
         if data is not None and not isinstance(data, dict):
             raise BadValue(f"{path} holds a {type(data).__name__}.", "Give keys and values.")
         return cls.from_dict({**(data or {}), **changes})
