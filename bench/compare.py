@@ -2,8 +2,8 @@
 
 topics: docstring → chapter of the library reference (classification); functions: docstring → signature (retrieval among
 240 candidates). Both are read from the running interpreter's standard library. 60 updates of 8, three seeds, three
-learning rates a method (four for functions, up to ten times the default). Goes on where it was interrupted; figures go to bench/results/compare-TASK.json, from
-which docs/tables.py makes a page; the report lies in FOLDER/TASK/report.html.
+learning rates a method (four for functions, up to ten times the default). Goes on where it was interrupted; figures go
+to bench/results/compare-TASK.json, from which docs/tables.py makes a page; the report lies in FOLDER/TASK/report.html.
 """
 
 from __future__ import annotations

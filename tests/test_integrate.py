@@ -160,14 +160,14 @@ def test_logits_that_a_trainer_does_not_give_are_named():
 # -- without the line --------------------------------------------------------------------------------------------------
 
 
-def trainers(folder, tmp_path, integrate):
+def trainers(folder, tmp_path, integrate, key="adalora", steps=2, **options):
     def made(kind):
         return ol.integrate(kind) if integrate else kind
 
-    model, tok = load(folder, "adalora")
+    model, tok = load(folder, key, **HYPER.get(key, {}))
     rewards = transformers.LlamaForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
-    common = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "gradient_checkpointing": False,
-              "learning_rate": 1e-2, **QUIET}  # fmt: skip
+    common = {"max_steps": steps, "per_device_train_batch_size": 4, "save_strategy": "no", "gradient_checkpointing": False,
+              "learning_rate": 1e-2, **QUIET, **options}  # fmt: skip
 
     def plain():
         rows = [{"input_ids": list(range(4, 12)), "labels": list(range(4, 12))}] * 8
@@ -189,7 +189,7 @@ def trainers(folder, tmp_path, integrate):
         args = trl.RewardConfig(str(tmp_path / "r"), **common)
         return made(trl.RewardTrainer)(rewards, args=args, train_dataset=pairs(), processing_class=tok)
 
-    return {"Trainer": plain, "SFT": lambda: sft(folder, tmp_path / "s", steps=2, integrate=integrate, model=model),
+    return {"Trainer": plain, "SFT": lambda: sft(folder, tmp_path / "s", key, steps, integrate, model, **options),
             "DPO": dpo, "GRPO": grpo, "Reward": reward}  # fmt: skip
 
 
@@ -271,23 +271,27 @@ def test_another_adapter_is_the_reference(folder, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["adalora", "molora"])
-def test_killed_and_resumed_equals_uninterrupted(folder, tmp_path, key):
-    whole = sft(folder, tmp_path / "whole", key, steps=8, save_strategy="steps", save_steps=4)
+@pytest.mark.parametrize("name", ["SFT", "DPO", "GRPO"])
+def test_killed_and_resumed_equals_uninterrupted(folder, tmp_path, name, key):
+    def trainer(home):
+        return trainers(folder, home, True, key, 8, save_strategy="steps", save_steps=4)[name]()
+
+    whole = trainer(tmp_path / "whole")
     whole.train()
     want = weights(whole.model)
-    home = tmp_path / "whole"
+    home = Path(whole.args.output_dir)
     names = {p.name for p in (home / "checkpoint-4").iterdir()}
     assert "optimizer.safetensors" in names and "trainer.json" in names
     assert not {"model.safetensors", "pytorch_model.bin", "optimizer.pt"} & names
     size = sum(t.numel() for t in weights(whole.model).values()) * 4
     assert sum(p.stat().st_size for p in (home / "checkpoint-4").glob("*.safetensors")) < 6 * size + 20_000  # two moments, and the rule's two means
-    again = tmp_path / "again"
-    again.mkdir()
+    again = tmp_path / "again" / home.name
+    again.mkdir(parents=True)
     shutil.copytree(home / "checkpoint-4", again / "checkpoint-4")
     shutil.copytree(home / "checkpoint-8", again / "checkpoint-8")
     state = again / "checkpoint-8" / "trainer_state.json"
     state.write_text(state.read_text()[:-40])  # the process died while it wrote
-    second = sft(folder, again, key, steps=8, save_strategy="steps", save_steps=4)
+    second = trainer(tmp_path / "again")
     second.train(resume_from_checkpoint=True)
     assert second.state.global_step == 8
     found = weights(second.model)
@@ -333,22 +337,23 @@ def test_no_checkpoint_is_said(folder, tmp_path):
         sft(folder, tmp_path).train(resume_from_checkpoint=True)
 
 
-SFT = """
+TRAINING = """
 import sys
 sys.path.insert(0, {tests!r})
 import test_integrate as T, omnilora as ol, torch
 from pathlib import Path
 torch.set_num_threads(1)
-trainer = T.sft(Path({folder!r}), Path({out!r}), {key!r}, steps=10, save_strategy="steps", save_steps=1)
+out = Path({out!r})
+trainer = T.trainers(Path({folder!r}), out, True, {key!r}, 10, save_strategy="steps", save_steps=1)[{name!r}]()
 print("ready", flush=True)
-trainer.train(resume_from_checkpoint={resume} and any(T.trainer_module.complete(p) for p in Path({out!r}).glob("checkpoint-*")))
+trainer.train(resume_from_checkpoint=any(T.trainer_module.complete(p) for p in out.glob("*/checkpoint-*")))
 ol.save(trainer.model, {out!r} + "-final")
 """
 
 
-def in_process(folder, out, key, seconds=None):
+def in_process(folder, out, name, key, seconds=None):
     """Train in a process of its own, killed after ``seconds``; whether it came to its end."""
-    code = SFT.format(tests=str(Path(__file__).parent), folder=str(folder), out=str(out), key=key, resume=True)
+    code = TRAINING.format(tests=str(Path(__file__).parent), folder=str(folder), out=str(out), name=name, key=key)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout.readline().strip() == "ready"
     try:
@@ -362,13 +367,13 @@ def in_process(folder, out, key, seconds=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", ["adalora", "molora"])
-def test_sft_that_dies_at_random_moments(folder, tmp_path, key):
-    assert in_process(folder, tmp_path / "whole", key)
+@pytest.mark.parametrize(("name", "key"), [("SFT", "adalora"), ("SFT", "molora"), ("DPO", "adalora"), ("GRPO", "molora")])
+def test_a_trainer_that_dies_at_random_moments(folder, tmp_path, name, key):
+    assert in_process(folder, tmp_path / "whole", name, key)
     draw, deaths = random.Random(0), 0
-    while deaths < 8 and not in_process(folder, tmp_path / "torn", key, draw.random() * 1.5):
+    while deaths < 8 and not in_process(folder, tmp_path / "torn", name, key, draw.random() * 1.5):
         deaths += 1
-    while not in_process(folder, tmp_path / "torn", key):
+    while not in_process(folder, tmp_path / "torn", name, key):
         pass
     assert deaths >= 2
     assert ol.load_file(tmp_path / "torn-final").content() == ol.load_file(tmp_path / "whole-final").content()
