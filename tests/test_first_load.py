@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import pair, saved
 from torch import nn
 
 import omnilora as ol
@@ -17,22 +18,6 @@ from omnilora.core import files, row, state
 from omnilora.core import fingerprint as prints
 from omnilora.core.method import Method
 from omnilora.parameterizations.lora import LoRA
-
-
-def base(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8, bias=False)).eval()
-
-
-def made(folder, key="lora", seed=0, **how):
-    model = ol.adapt(base(), ol.method(key, **how))
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for slot in ol.slots(model):
-            for _, t in slot.tensors():
-                t.copy_(torch.randn(t.shape, generator=g))
-    ol.save(model, folder)
-    return folder
 
 
 def tensors(model, name="default"):
@@ -50,10 +35,10 @@ def calls(run, *args):
 
 @pytest.mark.parametrize("key", ["lora", "dora", "loha", "vera"])
 def test_the_adapter_has_the_memory_that_the_file_was_read_into(tmp_path, monkeypatch, key):
-    path = made(tmp_path / "a", key)
+    path = saved(tmp_path / "a", key)
     rows, read = [], row.read
     monkeypatch.setattr(row, "read", lambda *a: (rows.append(read(*a)), rows[-1])[1])
-    model = base()
+    model = pair()
     ol.load(model, path)
     (found,) = rows
     moved = [t for t in tensors(model) if found[1].offset(t) is None]
@@ -64,8 +49,8 @@ def test_the_adapter_has_the_memory_that_the_file_was_read_into(tmp_path, monkey
 
 
 def test_the_tensors_are_read_once(tmp_path):
-    first, path = made(tmp_path / "a", r=4), made(tmp_path / "b", r=4, seed=1)
-    model, seen, watching = base(), [], [True]
+    first, path = saved(tmp_path / "a", r=4), saved(tmp_path / "b", r=4, seed=1)
+    model, seen, watching = pair(), [], [True]
     ol.load(model, first, "0")
 
     def hook(event, args):
@@ -79,8 +64,8 @@ def test_the_tensors_are_read_once(tmp_path):
 
 
 def test_a_state_that_is_a_value_is_copied(tmp_path):
-    found = ol.load_file(made(tmp_path / "a", r=4))
-    model = base()
+    found = ol.load_file(saved(tmp_path / "a", r=4))
+    model = pair()
     state.load_state(model, found, "one")
     state.load_state(model, found, "two")
     own = {t.data_ptr() for t in found.flat().values()}
@@ -153,7 +138,7 @@ def test_shapes_are_those_of_the_form_and_kept_only_where_it_says_so(tmp_path):
     class Odd(LoRA):  # a subclass has not said that sizes decide
         pass
 
-    model = ol.adapt(base(), Method("m", LoRA(4)))
+    model = ol.adapt(pair(), Method("m", LoRA(4)))
     for slot in ol.slots(model):
         s = ol.state(model).sites[slot.site.name]
         for _ in range(2):
@@ -163,12 +148,12 @@ def test_shapes_are_those_of_the_form_and_kept_only_where_it_says_so(tmp_path):
     object.__setattr__(odd, "how", Odd(4))
     state._expected(slot.site, odd)
     assert len(state._sizes) == before
-    path = made(tmp_path / "a", r=4)
+    path = saved(tmp_path / "a", r=4)
     stored = load_file(path / "adapter_model.safetensors")
     name = sorted(stored)[0]
     save_file({**stored, name: stored[name][:, :-1].contiguous()}, path / "adapter_model.safetensors")
     with pytest.raises(ol.errors.OmniloraError):
-        ol.load(base(), path)
+        ol.load(pair(), path)
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------------------
@@ -201,8 +186,8 @@ def test_memory_is_lent_again_only_when_nothing_refers_to_it():
 
 
 def test_an_adapter_that_was_taken_off_keeps_its_numbers_for_whoever_holds_them(tmp_path):
-    a, b = made(tmp_path / "a", r=4), made(tmp_path / "b", r=4, seed=1)
-    model = base()
+    a, b = saved(tmp_path / "a", r=4), saved(tmp_path / "b", r=4, seed=1)
+    model = pair()
     ol.load(model, a, "a")
     held = tensors(model, "a")[0]
     want = held.detach().clone()
@@ -223,9 +208,9 @@ def hashed(monkeypatch):
 
 
 def test_a_weight_is_hashed_once(tmp_path, hashed):
-    paths = [made(tmp_path / str(i), r=4, seed=i) for i in range(3)]
+    paths = [saved(tmp_path / str(i), r=4, seed=i) for i in range(3)]
     hashed.clear()
-    model = base()
+    model = pair()
     for i, path in enumerate(paths):
         ol.load(model, path, str(i))
     assert sorted(hashed) == sorted(layer.weight.data_ptr() for layer in (model[0], model[2]))
@@ -238,7 +223,7 @@ def test_a_weight_is_hashed_once(tmp_path, hashed):
 
 
 def test_many_fingerprints_at_once_are_those_of_one_by_one():
-    model = ol.adapt(base(), ol.method("lora", r=2))
+    model = ol.adapt(pair(), ol.method("lora", r=2))
     sites = {s.site.name: s.site for s in ol.slots(model)}
     prints._kept.clear()
     together = prints.fingerprints(sites)
@@ -248,7 +233,7 @@ def test_many_fingerprints_at_once_are_those_of_one_by_one():
 
 
 def test_an_error_of_the_second_thread_is_raised(monkeypatch):
-    model = ol.adapt(base(), ol.method("lora", r=2))
+    model = ol.adapt(pair(), ol.method("lora", r=2))
     sites = {s.site.name: s.site for s in ol.slots(model)}
     prints._kept.clear()
     monkeypatch.setattr(prints, "digest", lambda t: 1 / 0)
@@ -271,7 +256,7 @@ def test_the_sketch_is_its_definition(shape):
 
 
 def test_the_forward_after_a_switch_does_not_grow_with_the_number_of_adapters():
-    model, x = base(), torch.randn(2, 12)
+    model, x = pair(), torch.randn(2, 12)
 
     def switch(name):
         ol.activate(model, name)
@@ -290,7 +275,7 @@ def test_the_forward_after_a_switch_does_not_grow_with_the_number_of_adapters():
 
 
 def test_adapters_that_a_context_brings_in_are_checked_too():
-    model, x = base(), torch.randn(2, 12)
+    model, x = pair(), torch.randn(2, 12)
     ol.adapt(model, ol.method("lora", r=2), targets="0", name="a")
     ol.adapt(model, ol.method("lora", r=2), targets="2", name="b")
     ol.activate(model, "a")
@@ -305,7 +290,7 @@ def test_adapters_that_a_context_brings_in_are_checked_too():
 
 
 def test_a_layer_that_is_gone_is_found_whoever_is_active():
-    model, x = base(), torch.randn(2, 12)
+    model, x = pair(), torch.randn(2, 12)
     ol.adapt(model, ol.method("lora", r=2), targets="0", name="a")
     ol.adapt(model, ol.method("lora", r=2), targets="2", name="b")
     model[2] = nn.Linear(20, 8)
@@ -315,7 +300,7 @@ def test_a_layer_that_is_gone_is_found_whoever_is_active():
 
 
 def test_sites_are_counted_as_adapters_come_and_go():
-    model = base()
+    model = pair()
     for name in ("a", "b"):
         ol.adapt(model, ol.method("lora", r=2), name=name)
     held = model[0].adapters

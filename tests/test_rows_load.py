@@ -8,26 +8,11 @@ import time
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import pair, saved
 from torch import nn
 
 import omnilora as ol
 from omnilora.core import files, proven
-
-
-def base(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8, bias=False)).eval()
-
-
-def made(folder, key="lora", seed=0, **how):
-    model = ol.adapt(base(), ol.method(key, **how))
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for slot in ol.slots(model):
-            for _, t in slot.tensors():
-                t.copy_(torch.randn(t.shape, generator=g))
-    ol.save(model, folder)
-    return folder
 
 
 def settle():
@@ -46,9 +31,9 @@ def quick(monkeypatch):
 
 @pytest.mark.parametrize("key", ["lora", "lora_fa", "rslora", "dora", "adalora", "vera", "loha"])
 def test_the_short_way_gives_what_the_full_way_gives(tmp_path, quick, key):
-    path = made(tmp_path / "a", key)
+    path = saved(tmp_path / "a", key)
     settle()
-    model, x = base(), torch.randn(5, 12)
+    model, x = pair(), torch.randn(5, 12)
     first = ol.load(model, path, "one")
     with torch.no_grad():
         y = model(x)
@@ -71,9 +56,9 @@ def test_the_short_way_gives_what_the_full_way_gives(tmp_path, quick, key):
 
 def test_adapters_that_were_loaded_so_are_like_others(tmp_path, quick):
     """They train apart, have memory of their own, pickle, save as state dicts, and come off without a trace."""
-    path = made(tmp_path / "a", r=4)
+    path = saved(tmp_path / "a", r=4)
     settle()
-    model, x = base(), torch.randn(5, 12)
+    model, x = pair(), torch.randn(5, 12)
     ol.load(model, path, "one")
     ol.load(model, path, "two")
     ol.load(model, path, "three")
@@ -94,14 +79,14 @@ def test_adapters_that_were_loaded_so_are_like_others(tmp_path, quick):
     ol.load(model, path, "one")
     assert quick[-1] is not None
     ol.detach(model)
-    assert torch.equal(model(x), base()(x)) and type(model[0]) is nn.Linear
+    assert torch.equal(model(x), pair()(x)) and type(model[0]) is nn.Linear
 
 
 def test_anything_that_changed_takes_the_full_way(tmp_path, quick):
-    path = made(tmp_path / "a", r=4)
-    other = made(tmp_path / "b", r=4, seed=1)
+    path = saved(tmp_path / "a", r=4)
+    other = saved(tmp_path / "b", r=4, seed=1)
     settle()
-    model, x = base(), torch.randn(5, 12)
+    model, x = pair(), torch.randn(5, 12)
     ol.load(model, path, "0")
     ol.load(model, path, "1")
     assert quick[-1] is not None
@@ -142,9 +127,9 @@ def test_anything_that_changed_takes_the_full_way(tmp_path, quick):
 
 
 def test_a_manifest_that_changed_takes_the_full_way(tmp_path, quick):
-    path = made(tmp_path / "a", r=4)
+    path = saved(tmp_path / "a", r=4)
     settle()
-    model = base()
+    model = pair()
     ol.load(model, path, "0")
     ol.load(model, path, "1")
     assert quick[-1] is not None
@@ -155,9 +140,9 @@ def test_a_manifest_that_changed_takes_the_full_way(tmp_path, quick):
 
 
 def test_a_replaced_layer_takes_the_full_way(tmp_path, quick):
-    path = made(tmp_path / "a", r=4)
+    path = saved(tmp_path / "a", r=4)
     settle()
-    model = base()
+    model = pair()
     ol.load(model, path, "0")
     ol.load(model, path, "1")
     assert quick[-1] is not None
@@ -168,9 +153,9 @@ def test_a_replaced_layer_takes_the_full_way(tmp_path, quick):
 
 
 def test_errors_are_those_of_the_full_way(tmp_path):
-    path = made(tmp_path / "a", r=4)
+    path = saved(tmp_path / "a", r=4)
     settle()
-    model = base()
+    model = pair()
     ol.load(model, path, "0")
     with pytest.raises(ol.errors.AttachError, match="already"):
         ol.load(model, path, "0")
@@ -181,9 +166,9 @@ def test_errors_are_those_of_the_full_way(tmp_path):
 
 
 def test_a_base_that_was_unfrozen_is_frozen_again(tmp_path):
-    path = made(tmp_path / "a", r=4)
+    path = saved(tmp_path / "a", r=4)
     settle()
-    model = base()
+    model = pair()
     ol.load(model, path, "0")
     model.requires_grad_(True)
     ol.load(model, path, "1")
@@ -195,9 +180,9 @@ def test_the_time_does_not_grow_with_the_number_of_adapters(tmp_path, quick):
     import cProfile
     import pstats
 
-    path = made(tmp_path / "a", r=4)
+    path = saved(tmp_path / "a", r=4)
     settle()
-    model = base()
+    model = pair()
     ol.load(model, path, "first")
 
     def calls(name):

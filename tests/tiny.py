@@ -1,10 +1,13 @@
-"""Tiny models of transformers with their tokenizers, written to a folder as real ones are."""
+"""Tiny models and adapters; those of transformers with their tokenizers, written to a folder as real ones are."""
 
 import random
 
 import tokenizers
 import torch
 import transformers
+from torch import nn
+
+import omnilora as ol
 
 WORDS = [f"w{i}" for i in range(44)]
 
@@ -48,3 +51,21 @@ def labelled(count, seed=0):
     draw = random.Random(seed)
     texts = [[draw.randrange(len(WORDS)) for _ in range(8)] for _ in range(count)]
     return [{"text": " ".join(WORDS[i] for i in t), "label": "abc"[t[0] % 3]} for t in texts]
+
+
+def pair(seed=0):
+    """Two linear layers, 12 → 20 → 8."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8, bias=False)).eval()
+
+
+def saved(folder, key="lora", seed=0, **hyper):
+    """An adapter of :func:`pair` with random numbers, saved."""
+    model = ol.adapt(pair(), ol.method(key, **hyper))
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for slot in ol.slots(model):
+            for _, t in slot.tensors():
+                t.copy_(torch.randn(t.shape, generator=g))
+    ol.save(model, folder)
+    return folder

@@ -6,9 +6,6 @@ The subclass has the base's name and module, pickles as base plus adapters, and 
 
 from __future__ import annotations
 
-import threading
-import types
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
@@ -23,10 +20,9 @@ from omnilora.core.context import ActiveSet, Context, Hub, RowGroups
 from omnilora.core.op import Geometry, Matrix, Op, Rows, Splice, weigh
 from omnilora.core.parameterization import Slot, is_additive
 from omnilora.core.site import Base, Site
+from omnilora.core.standin import StandIn, outermost, own_class, stand_in
 from omnilora.errors import AttachError, ContextError, NotExpressible
 
-_made: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
-_making = threading.Lock()
 executor: Callable[[Op, Tensor, Geometry], Tensor] | None = None  # applies an adapted map; None: by its tree
 rows_executor: Callable[..., Any] | None = None  # runs a layer whose rows differ, or says NotImplemented; None: group by group
 quicken: Callable[[Any, Adapters], None] | None = None  # finds a layer's short way without gradients
@@ -106,8 +102,8 @@ class Adapters(nn.Module):
         return self.counts.keys()
 
 
-class Adapted:
-    """Stands before the layer's own class in the MRO."""
+class Adapted(StandIn):
+    """Stands before an adapted layer's own class."""
 
     adapters: Adapters
 
@@ -122,37 +118,15 @@ class Adapted:
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward" and getattr(value, "__self__", None) is self:
             if value.__func__ is not Adapted.forward:
-                if value.__func__ is not type(self)._base.forward:  # type: ignore[attr-defined]
+                if value.__func__ is not own_class(self).forward:
                     raise AttachError("The forward of an adapted layer may not be replaced.", "Detach first.")
                 self.adapters.inner = None  # a saved forward is put back: the hook it came from is gone
             self.__dict__.pop("forward", None)
         else:
             super().__setattr__(name, value)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        base = vars(type(self)).get("_base")
-        if base is None:
-            return super().__reduce_ex__(protocol)
-        state = getattr(self, "__getstate__", lambda: self.__dict__)()
-        return _blank, (base,), state
-
     def _get_name(self) -> str:
         return "Adapted" + super()._get_name()  # type: ignore[misc]
-
-
-def adapted_class(cls: type) -> type:
-    with _making:
-        made = _made.get(cls)
-        if made is None:
-            names = {"_base": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-            made = types.new_class(cls.__name__, (Adapted, cls), {}, lambda ns: ns.update(names))
-            _made[cls] = made
-        return made
-
-
-def _blank(base: type) -> Any:
-    cls: Any = adapted_class(base)
-    return cls.__new__(cls)
 
 
 def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -180,7 +154,7 @@ def attach_layer(layer: nn.Module, hub: Hub) -> Adapters:
         raise AttachError(f"{type(layer).__qualname__} cannot be adapted in place.",
                           "It is scripted, or already has an attribute 'adapters'.")  # fmt: skip
     inner = vars(layer).pop("forward", None)
-    layer.__class__ = adapted_class(type(layer))
+    layer.__class__ = stand_in(Adapted, type(layer))
     layer.adapters = Adapters(hub)
     made: Adapters = layer.adapters
     made.inner = inner
@@ -189,14 +163,13 @@ def attach_layer(layer: nn.Module, hub: Hub) -> Adapters:
 
 
 def detach_layer(layer: nn.Module) -> None:
-    base = vars(type(layer)).get("_base")
-    if base is None or "forward" in vars(layer):
+    if not outermost(layer) or "forward" in vars(layer):
         raise AttachError(f"{type(layer).__qualname__} was changed after it was adapted (sharding, parametrization, hook).",
                           "Undo that first: last on, first off.")  # fmt: skip
     adapters: Adapters = layer.adapters  # type: ignore[assignment]
     inner = adapters.inner
     del layer.adapters
-    layer.__class__ = base
+    layer.__class__ = own_class(layer)
     if inner is not None:
         layer.forward = inner
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from omnilora.core.standin import outermost, own_class
 from omnilora.errors import NotMergeable, StateMismatch, UnknownName, nearest
 
 if TYPE_CHECKING:
@@ -148,8 +149,8 @@ def store_named(name: str) -> type[Store]:
 
 def store_of(layer: nn.Module, name: str = "weight") -> Store:
     """The store of a layer's parameter."""
-    cls = type(layer)
-    if vars(cls).get("_base", cls) in PLAIN and type(layer._parameters.get(name)) is nn.Parameter:
+    own = own_class(layer) if outermost(layer) else type(layer)
+    if own in PLAIN and type(layer._parameters.get(name)) is nn.Parameter:
         return Dense(layer, name)
     if not _imported:
         _import_backends()

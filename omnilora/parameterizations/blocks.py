@@ -10,10 +10,9 @@ import torch
 from omnilora.core.context import Context
 from omnilora.core.op import Dropout, Op, chain
 from omnilora.core.parameterization import (
-    Parameterization,
+    Factored,
     Slot,
     Tensors,
-    finite,
     input_side,
     kaiming,
     output_side,
@@ -30,25 +29,17 @@ def sizes(total: int, n: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class BlockLoRA(Parameterization):
+class BlockLoRA(Factored):
     """``n`` LoRAs of rank ``r``, from the k-th slice of the input to the k-th slice of the output: rank n·r."""
 
     n: int = 2
-    r: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
 
     def check(self) -> None:
-        positive_rank(self.r)
+        super().check()
         positive_rank(self.n, "n")
-        finite(self.alpha, "alpha")
-        finite(self.dropout, "dropout", 0.0, 0.999)
 
     def rank(self) -> int:
         return self.n * self.r
-
-    def first_scale(self, site: Site) -> float:
-        return self.alpha / self.r
 
     def init(self, site: Site, seen: Any = None) -> Tensors:
         if self.n > min(site.fan_in, site.fan_out):

@@ -14,10 +14,9 @@ from torch import Tensor
 from omnilora.core.context import Context
 from omnilora.core.op import Dropout, Gate, Op, chain, softmax
 from omnilora.core.parameterization import (
-    Parameterization,
+    Factored,
     Slot,
     Tensors,
-    finite,
     input_side,
     kaiming,
     normal,
@@ -31,31 +30,21 @@ from omnilora.errors import BadValue, NotExpressible
 
 
 @dataclass(frozen=True)
-class MixtureOfLoRA(Parameterization):
+class MixtureOfLoRA(Factored):
     """``experts`` LoRAs of rank r, mixed by p = softmax(R x); ``top_k`` keeps the k largest without renormalizing."""
 
-    experts: int = 10
     r: int = 4
-    alpha: float = 16.0
-    dropout: float = 0.0
+    experts: int = 10
     top_k: int | None = None
     init_A: str = "normal"
     std: float = 0.02
     mergeable = False
 
     def check(self) -> None:
-        positive_rank(self.r)
+        super().check()
         positive_rank(self.experts, "experts")
-        finite(self.alpha, "alpha")
-        finite(self.dropout, "dropout", 0.0, 0.999)
         if self.top_k is not None and not 1 <= self.top_k <= self.experts:
             raise BadValue(f"top_k = {self.top_k!r} of {self.experts} experts.", "Give 1 … experts, or None.")
-
-    def rank(self) -> int:
-        return self.r
-
-    def first_scale(self, site: Site) -> float:
-        return self.alpha / self.r
 
     def init(self, site: Site, seen: Any = None) -> Tensors:
         if not site.called or site.kind == "embedding":

@@ -16,10 +16,9 @@ from torch import Tensor
 from omnilora.core.context import Context
 from omnilora.core.op import Dropout, Op, chain
 from omnilora.core.parameterization import (
-    Parameterization,
+    Factored,
     Slot,
     Tensors,
-    finite,
     input_side,
     output_side,
     positive_rank,
@@ -35,30 +34,20 @@ def rolled(chunk: Tensor, count: int, shift: int, length: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RotatedLoRA(Parameterization):
+class RotatedLoRA(Factored):
     """``m`` chunks of A, ``n`` of B, ``u`` unshared ranks of ``r``. ``rotate`` False: plain repetition."""
 
-    r: int = 8
     u: int = 1
     m: int = 4
     n: int = 4
-    alpha: float = 16.0
-    dropout: float = 0.0
     rotate: bool = True
 
     def check(self) -> None:
-        for name in ("r", "m", "n"):
-            positive_rank(getattr(self, name), name)
+        super().check()
+        positive_rank(self.m, "m")
+        positive_rank(self.n, "n")
         if not 0 <= self.u <= self.r:
             raise BadValue(f"u = {self.u!r} of r = {self.r!r}.", "Give 0 … r unshared ranks.")
-        finite(self.alpha, "alpha")
-        finite(self.dropout, "dropout", 0.0, 0.999)
-
-    def rank(self) -> int:
-        return self.r
-
-    def first_scale(self, site: Site) -> float:
-        return self.alpha / self.r
 
     def init(self, site: Site, seen: Any = None) -> Tensors:
         bound, shared = 1 / math.sqrt(site.fan_in), self.r - self.u  # the bound of the full fan-in, not the chunk's

@@ -18,6 +18,7 @@ from torch import Tensor
 from omnilora.core.context import Context
 from omnilora.core.op import Dropout, Op, chain
 from omnilora.core.parameterization import (
+    Factored,
     Leaf,
     Parameterization,
     Slot,
@@ -142,30 +143,19 @@ class TensorTrain(Parameterization):
 
 
 @dataclass(frozen=True)
-class TrainedFactors(Parameterization):
+class TrainedFactors(Factored):
     """LoRETTA-rep: Aᵀ (in, r) and Bᵀ (r, out) are trains of inner rank ``tensor_rank``.
 
     Entries of a fresh train have the deviation 1/√(rows + columns); ``zero`` starts the last core of B at zero.
     """
 
-    r: int = 8
     tensor_rank: int = 5
-    alpha: float = 16.0
-    dropout: float = 0.0
     limit: int = 12
     zero: bool = True
 
     def check(self) -> None:
-        positive_rank(self.r)
+        super().check()
         positive_rank(self.tensor_rank, "tensor_rank")
-        finite(self.alpha, "alpha")
-        finite(self.dropout, "dropout", 0.0, 0.999)
-
-    def rank(self) -> int:
-        return self.r
-
-    def first_scale(self, site: Site) -> float:
-        return self.alpha / self.r
 
     def init(self, site: Site, seen: Any = None) -> Tensors:
         a, b = narrowing(site.fan_in, self.r, self.tensor_rank, self.limit), widening(self.r, site.fan_out, self.tensor_rank, self.limit)

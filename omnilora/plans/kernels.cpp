@@ -7,35 +7,17 @@
 #include <cstring>
 #include <vector>
 
+#include "bf16.h"
+
 namespace {
 
 constexpr int64_t GRAIN = 32768;  // numbers below which a second thread costs more than it brings
-
-struct bf16 {
-    uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-inline float load(bf16 x) {
-    uint32_t wide = uint32_t(x.bits) << 16;
-    float out;
-    std::memcpy(&out, &wide, 4);
-    return out;
-}
-
-inline void store(float& to, float x) { to = x; }
-inline void store(bf16& to, float x) {  // to the nearest, ties to even; a NaN stays one
-    uint32_t wide;
-    std::memcpy(&wide, &x, 4);
-    uint32_t rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
-    to.bits = uint16_t((wide & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
 
 template <class T>
 inline float rounded(float x) {
     T held;
     store(held, x);
-    return load(held);
+    return value(held);
 }
 
 // y = w ⊙ x / √(mean x² + eps); `between`: x / √… is rounded before w meets it; `shift` is added to w.
@@ -47,15 +29,15 @@ void rms_forward(const T* x, const T* w, T* y, float* rstd, int64_t rows, int64_
         T* yt = y + t * d;
         float sum = 0.f;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < d; ++i) sum += load(xt[i]) * load(xt[i]);
+        for (int64_t i = 0; i < d; ++i) sum += value(xt[i]) * value(xt[i]);
         float r = 1.f / std::sqrt(sum / float(d) + eps);
         rstd[t] = r;
         if (between) {
 #pragma omp simd
-            for (int64_t i = 0; i < d; ++i) store(yt[i], (load(w[i]) + shift) * rounded<T>(load(xt[i]) * r));
+            for (int64_t i = 0; i < d; ++i) store(yt[i], (value(w[i]) + shift) * rounded<T>(value(xt[i]) * r));
         } else {
 #pragma omp simd
-            for (int64_t i = 0; i < d; ++i) store(yt[i], (load(w[i]) + shift) * (load(xt[i]) * r));
+            for (int64_t i = 0; i < d; ++i) store(yt[i], (value(w[i]) + shift) * (value(xt[i]) * r));
         }
     }
 }
@@ -69,15 +51,15 @@ void rms_backward(const T* dy, const T* x, const T* w, const float* rstd, const 
         T* out = dx + t * d;
         float r = rstd[t], dot = 0.f;
 #pragma omp simd reduction(+ : dot)
-        for (int64_t i = 0; i < d; ++i) dot += load(g[i]) * (load(w[i]) + shift) * load(xt[i]);
+        for (int64_t i = 0; i < d; ++i) dot += value(g[i]) * (value(w[i]) + shift) * value(xt[i]);
         float k = dot * r * r / float(d);
         if (add) {
             const T* a = add + t * d;
 #pragma omp simd
-            for (int64_t i = 0; i < d; ++i) store(out[i], r * (load(g[i]) * (load(w[i]) + shift) - load(xt[i]) * k) + load(a[i]));
+            for (int64_t i = 0; i < d; ++i) store(out[i], r * (value(g[i]) * (value(w[i]) + shift) - value(xt[i]) * k) + value(a[i]));
         } else {
 #pragma omp simd
-            for (int64_t i = 0; i < d; ++i) store(out[i], r * (load(g[i]) * (load(w[i]) + shift) - load(xt[i]) * k));
+            for (int64_t i = 0; i < d; ++i) store(out[i], r * (value(g[i]) * (value(w[i]) + shift) - value(xt[i]) * k));
         }
     }
 }
@@ -112,8 +94,8 @@ void swiglu_forward(const T* g, const T* u, T* p, int64_t n) {
         int64_t end = c + CHUNK < n ? c + CHUNK : n;
 #pragma omp simd
         for (int64_t i = c; i < end; ++i) {
-            float a = load(g[i]);
-            store(p[i], rounded<T>(a * sigmoid(a)) * load(u[i]));
+            float a = value(g[i]);
+            store(p[i], rounded<T>(a * sigmoid(a)) * value(u[i]));
         }
     }
 }
@@ -126,7 +108,7 @@ void swiglu_backward(const T* dp, const T* g, const T* u, T* dg, T* du, T* p, in
         int64_t end = c + CHUNK < n ? c + CHUNK : n;
 #pragma omp simd
         for (int64_t i = c; i < end; ++i) {
-            float a = load(g[i]), b = load(u[i]), go = load(dp[i]), s = sigmoid(a), silu = a * s;
+            float a = value(g[i]), b = value(u[i]), go = value(dp[i]), s = sigmoid(a), silu = a * s;
             store(dg[i], go * b * (s * (1.f + a * (1.f - s))));
             store(du[i], go * silu);
             store(p[i], rounded<T>(silu) * b);
@@ -150,16 +132,16 @@ void rope(const T* x, T* y, const T* cosine, const T* sine, int64_t batch, int64
             if (back) {
 #pragma omp simd
                 for (int64_t i = 0; i < half; ++i) {
-                    float a = load(from[i]), b = load(from[half + i]);
-                    store(to[i], a * load(c[i]) + b * load(s[half + i]));
-                    store(to[half + i], b * load(c[half + i]) - a * load(s[i]));
+                    float a = value(from[i]), b = value(from[half + i]);
+                    store(to[i], a * value(c[i]) + b * value(s[half + i]));
+                    store(to[half + i], b * value(c[half + i]) - a * value(s[i]));
                 }
             } else {
 #pragma omp simd
                 for (int64_t i = 0; i < half; ++i) {
-                    float a = load(from[i]), b = load(from[half + i]);
-                    store(to[i], a * load(c[i]) - b * load(s[i]));
-                    store(to[half + i], b * load(c[half + i]) + a * load(s[half + i]));
+                    float a = value(from[i]), b = value(from[half + i]);
+                    store(to[i], a * value(c[i]) - b * value(s[i]));
+                    store(to[half + i], b * value(c[half + i]) + a * value(s[half + i]));
                 }
             }
         }
@@ -186,7 +168,7 @@ void drop(const T* x, T* y, int64_t n, int64_t s0, int64_t s1, int64_t limit, fl
     for (int64_t c = 0; c < n; c += CHUNK) {
         int64_t end = c + CHUNK < n ? c + CHUNK : n;
 #pragma omp simd
-        for (int64_t i = c; i < end; ++i) store(y[i], mixed(uint32_t(i), a, b) >= low ? load(x[i]) * scale : 0.f);
+        for (int64_t i = c; i < end; ++i) store(y[i], mixed(uint32_t(i), a, b) >= low ? value(x[i]) * scale : 0.f);
     }
 }
 
@@ -199,7 +181,7 @@ void drop_add(const T* v, T* to, int64_t n, int64_t s0, int64_t s1, int64_t limi
         int64_t end = c + CHUNK < n ? c + CHUNK : n;
 #pragma omp simd
         for (int64_t i = c; i < end; ++i)
-            store(to[i], load(to[i]) + (mixed(uint32_t(i), a, b) >= low ? load(v[i]) * scale : 0.f));
+            store(to[i], value(to[i]) + (mixed(uint32_t(i), a, b) >= low ? value(v[i]) * scale : 0.f));
     }
 }
 
@@ -211,7 +193,7 @@ void scale_columns(const T* z, const float* c, T* y, int64_t rows, int64_t d) {
         const T* zt = z + t * d;
         T* yt = y + t * d;
 #pragma omp simd
-        for (int64_t i = 0; i < d; ++i) store(yt[i], c[i] * load(zt[i]));
+        for (int64_t i = 0; i < d; ++i) store(yt[i], c[i] * value(zt[i]));
     }
 }
 
@@ -229,8 +211,8 @@ void scale_backward(const T* g, const T* y, const float* c, T* gz, float* sum, i
             T* out = gz + t * d;
 #pragma omp simd
             for (int64_t i = 0; i < d; ++i) {
-                float go = load(gt[i]);
-                held[i] += go * load(yt[i]);
+                float go = value(gt[i]);
+                held[i] += go * value(yt[i]);
                 store(out[i], go * c[i]);
             }
         }

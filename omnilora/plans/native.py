@@ -22,6 +22,7 @@ from torch import Tensor
 
 KERNELS = "kernels"  # elementwise parts of fused passes
 RAGGED = "ragged"  # low-rank updates of many adapters in one batch
+HEADER = "bf16.h"  # what the sources include
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-std=c++17", "-fPIC", "-shared")
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -52,7 +53,8 @@ def _build(source: str) -> Path:
     if compiler is None:
         raise Unavailable("no C++ compiler")
     code = Path(__file__).with_name(f"{source}.cpp")
-    key = hashlib.sha256(repr((code.read_bytes(), FLAGS, compiler, _processor(), torch.__version__)).encode()).hexdigest()
+    texts = [code.read_bytes(), code.with_name(HEADER).read_bytes()]
+    key = hashlib.sha256(repr((texts, FLAGS, compiler, _processor(), torch.__version__)).encode()).hexdigest()
     path = cache_folder() / f"{source}-{key[:16]}.so"
     if path.exists():
         return path

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from omnilora.core.context import EMPTY, Context
 from omnilora.core.layer import Adapters, build
 from omnilora.core.site import Base
+from omnilora.core.standin import own_class
 from omnilora.plans import executor, steps
 from omnilora.plans.elementwise import magnify_
 from omnilora.plans.normal import Normal, lower
@@ -47,7 +48,7 @@ def quicken(layer: Any, mine: Adapters) -> None:
 def _made(layer: Any, mine: Adapters) -> Quick | None:
     hub = mine.hub
     pairs = [(s, w) for name, w in hub.active for s in mine.slots.get(name, ())]
-    if not pairs or mine.inner is not None or type(layer)._base.forward is not nn.Linear.forward:
+    if not pairs or mine.inner is not None or own_class(layer).forward is not nn.Linear.forward:
         return None
     if any(not s.site.called or s.site.kind != "linear" for s, _ in pairs):
         return None

@@ -8,8 +8,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "bf16.h"
 
 namespace {
 
@@ -31,26 +32,6 @@ typedef uint16_t half_bits8 __attribute__((vector_size(16), aligned(2)));
 typedef uint32_t word_bits __attribute__((vector_size(4 * LANES)));
 typedef uint32_t word_bits8 __attribute__((vector_size(32)));
 typedef int32_t lanes8 __attribute__((vector_size(32)));
-
-struct bf16 {
-    uint16_t bits;
-};
-
-inline float value(float x) { return x; }
-inline float value(bf16 x) {
-    uint32_t w = uint32_t(x.bits) << 16;
-    float out;
-    std::memcpy(&out, &w, 4);
-    return out;
-}
-
-inline void store(float* to, float x) { *to = x; }
-inline void store(bf16* to, float x) {  // to the nearest, ties to even; a NaN stays one
-    uint32_t w;
-    std::memcpy(&w, &x, 4);
-    uint32_t rounded = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
-    to->bits = uint16_t((w & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
 
 inline wide load(const float* p) { return *reinterpret_cast<const wide*>(p); }
 inline wide load(const bf16* p) {
@@ -191,7 +172,7 @@ void expand_few(T* const* y, int64_t rows, int64_t out, const T* b, int64_t r, c
         for (int64_t m = 0; m < rows; ++m) {
             float sum = 0.f;
             for (int64_t j = 0; j < r; ++j) sum += h[m * width + j] * value(b[o * r + j]);
-            store(y[m] + o, value(y[m][o]) + sum);
+            store(y[m][o], value(y[m][o]) + sum);
         }
 }
 

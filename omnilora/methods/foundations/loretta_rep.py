@@ -40,7 +40,7 @@ CARD = Card(
 
 def loretta_rep(r: int = 8, tensor_rank: int = 5, alpha: float = 16.0, dropout: float = 0.0, zero: bool = True) -> Method:
     """``r``: rank of the update; ``tensor_rank``: inner ranks of the two trains."""
-    return Method("loretta_rep", TrainedFactors(r, tensor_rank, alpha, dropout, zero=zero), rate=5.0)
+    return Method("loretta_rep", TrainedFactors(r, alpha, dropout, tensor_rank, zero=zero), rate=5.0)
 
 
 def _size(broken: bool) -> float:

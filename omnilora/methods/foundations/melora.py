@@ -34,7 +34,7 @@ CARD = Card(
 
 def melora(n: int = 2, r: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> Method:
     """``n`` mini-LoRAs of rank ``r``."""
-    return Method("melora", BlockLoRA(n, r, alpha, dropout))
+    return Method("melora", BlockLoRA(r, alpha, dropout, n))
 
 
 def _target() -> torch.Tensor:

@@ -36,7 +36,7 @@ CARD = Card(
 
 def prolora(r: int = 8, u: int = 1, m: int = 4, n: int = 4, alpha: float = 16.0, dropout: float = 0.0) -> Method:
     """``m`` chunks of A, ``n`` of B, ``u`` unshared ranks of ``r``."""
-    return Method("prolora", RotatedLoRA(r, u, m, n, alpha, dropout))
+    return Method("prolora", RotatedLoRA(r, alpha, dropout, u, m, n))
 
 
 def _random(how: Method) -> proofs.Stack:
@@ -58,7 +58,7 @@ def _rank(broken: bool) -> float:
 
 def _blocks(broken: bool) -> float:
     """Relative gap between blocks (0, 0) and (0, 1) of the shared part (broken: repetition without rotation)."""
-    model = _random(Method("x", RotatedLoRA(8, 0, 4, 4, rotate=not broken)))
+    model = _random(Method("x", RotatedLoRA(r=8, u=0, rotate=not broken)))
     change = proofs.learned(model)
     return proofs.relative(change[:4, :4], change[:4, 4:8])
 

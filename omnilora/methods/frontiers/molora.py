@@ -47,7 +47,7 @@ def molora(
 ) -> Method:
     """``balance`` > 0 adds the Switch load-balancing loss over the routers' logits."""
     rules = (Balance(balance),) if balance else ()
-    return Method("molora", MixtureOfLoRA(experts, r, alpha, dropout, top_k), rules)
+    return Method("molora", MixtureOfLoRA(r, alpha, dropout, experts, top_k), rules)
 
 
 def _two_kinds(n: int = 512) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,7 +6,6 @@ rows of several adapters, hooks on inner layers — goes through the layer's own
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 
 from omnilora.core.context import Context, Hub
 from omnilora.core.layer import Adapted, base_modules, in_backward
+from omnilora.core.standin import StandIn, outermost, own_class, stand_in
 from omnilora.plans.blocks import llama
 from omnilora.plans.blocks.llama import Block, Declined
 from omnilora.plans.executor import plain
 
 FEW = 16  # tokens below which a pass without gradients is cheaper layer by layer
-_made: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
 _plans: weakref.WeakKeyDictionary[nn.Module, State] = weakref.WeakKeyDictionary()
 
 
@@ -37,31 +36,11 @@ class State:
         self.refused: dict[str, str] = {}  # "layer", "attention", "pair" → reason
 
 
-class Planned:
-    """Stands before the layer's own class in the MRO."""
+class Planned(StandIn):
+    """Stands before a decoder layer's own class."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return run(self, super().forward, args, kwargs)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        base = vars(type(self)).get("_base")
-        if base is None:
-            return super().__reduce_ex__(protocol)
-        state = getattr(self, "__getstate__", lambda: self.__dict__)()
-        return _blank, (base,), state
-
-
-def planned_class(cls: type) -> type:
-    made = _made.get(cls)
-    if made is None:
-        names = {"_base": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        made = _made[cls] = types.new_class(cls.__name__, (Planned, cls), {}, lambda ns: ns.update(names))
-    return made
-
-
-def _blank(base: type) -> Any:
-    cls: Any = planned_class(base)
-    return cls.__new__(cls)
 
 
 # -- installing ---------------------------------------------------------------------------------------------------------------
@@ -73,16 +52,15 @@ def install(model: nn.Module, hub: Hub) -> None:
         if isinstance(layer, (Planned, Adapted)) or "forward" in vars(layer) or not llama.fits(layer):
             continue
         if any(isinstance(m, Adapted) for _, m in base_modules(layer)):
-            layer.__class__ = planned_class(type(layer))
+            layer.__class__ = stand_in(Planned, type(layer))
             _plans[layer] = State(hub)
 
 
 def remove(model: nn.Module) -> None:
     """Every layer without adapters gets its own class back."""
     for _, layer in base_modules(model):
-        base = vars(type(layer)).get("_base")
-        if isinstance(layer, Planned) and base is not None and not any(isinstance(m, Adapted) for _, m in base_modules(layer)):
-            layer.__class__ = base
+        if isinstance(layer, Planned) and outermost(layer) and not any(isinstance(m, Adapted) for _, m in base_modules(layer)):
+            layer.__class__ = own_class(layer)
             _plans.pop(layer, None)
 
 

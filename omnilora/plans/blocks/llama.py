@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from omnilora.core.context import Context
 from omnilora.core.layer import Adapted, build
 from omnilora.core.site import Base, BaseLinear
+from omnilora.core.standin import own_class
 from omnilora.plans.blocks.nodes import Gated, GatedPair, Heads, Norm, Normed, Output, Pair, Projections, Turn
 from omnilora.plans.elementwise import draw_seed
 from omnilora.plans.executor import constants_of, joined
@@ -98,7 +99,7 @@ def normal_of(module: nn.Module, ctx: Context, x: Tensor) -> Normal:
             raise Declined(f"{type(module).__name__} is no constant linear layer")
         return Normal(None)
     mine = module.adapters
-    if type(module)._base.forward is not nn.Linear.forward or mine.inner is not None or mine.merged:  # type: ignore[attr-defined]
+    if own_class(module).forward is not nn.Linear.forward or mine.inner is not None or mine.merged:
         raise Declined("a linear layer has a forward of its own")
     active = mine.hub.active if ctx.active is None else ctx.active
     pairs = [(s, w) for name, w in active if name in mine.slots for s in mine.slots[name] if s.site.kind != "source"]
