@@ -380,7 +380,7 @@ def test_what_a_layer_keeps_without_gradients_is_made_again_after_a_change(key, 
     def same(kept=True):
         with torch.no_grad():
             y = model(x)
-            assert not kept or model[0].adapters.quick(x) is not None
+            assert not kept or isinstance(model[0].adapters.quick(x), torch.Tensor)
             again = model(x)
             with executor.off():
                 want = model(x)
@@ -399,6 +399,28 @@ def test_what_a_layer_keeps_without_gradients_is_made_again_after_a_change(key, 
     ol.activate(model, ["default", "second"])
     shake(model, "second")
     same(kept=key != "dora")  # a sum on top of magnitudes is no normal form
+
+
+def test_the_short_way_is_taken_by_parts_of_a_model_and_made_once(monkeypatch):
+    """Encoders are often called without their head: the root's forward never runs."""
+    from omnilora.plans import quick
+
+    made, was = [], quick._made
+    monkeypatch.setattr(quick, "_made", lambda *a: (made.append(1), was(*a))[1])
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).eval()
+    ol.adapt(model, ol.method("lora", r=2))
+    shake(model)
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        want = model[0](x)
+        for _ in range(3):
+            assert torch.equal(model[0].adapters.quick(x), want) and torch.equal(model[0](x), want)
+        with torch.autocast("cpu", torch.bfloat16):
+            model[0](x), model[0](x)
+        assert len(made) == 1
+        model[0].adapters.slots["default"][0].scale *= 2
+        assert gap(model[0](x), want) > 1e-3
+        assert len(made) == 2
 
 
 def test_a_form_that_reads_the_context_is_built_anew_at_every_call():

@@ -61,7 +61,7 @@ class Adapters(nn.Module):
         self.slots: dict[str, list[Slot]] = {}
         self.counts: dict[str, int] = {}  # name of a site → its slots here
         self.merged: dict[str, Tensor] = {}  # dense weights in place of stores that cannot be written
-        self.quick: Callable[[Tensor], Tensor | None] | None = None
+        self.quick: Callable[[Tensor], Any] | None = None  # y; None: not for this call; NotImplemented: for no call any more
         self.asked = -1  # the hub's epoch at which ``quick`` was made, or found not to be there
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,9 +109,13 @@ class Adapted(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():  # first: compiled code shall not look at what changes
-            quick = self.__dict__["_modules"]["adapters"].quick
-            if quick is not None and not kwargs and len(args) == 1 and (y := quick(args[0])) is not None:
-                return y
+            mine = self.__dict__["_modules"]["adapters"]
+            if mine.quick is not None and not kwargs and len(args) == 1:
+                y = mine.quick(args[0])
+                if y is NotImplemented:
+                    mine.asked = -1
+                elif y is not None:
+                    return y
         inner = self.adapters.inner
         return run(self, inner if inner is not None else super().forward, args, kwargs)  # type: ignore[misc]
 
@@ -194,7 +198,7 @@ def run(layer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         hub.visits.add(id(mine))
     if ctx.rows is not None:
         return _run_rows(layer, mine, ctx, ctx.rows, forward, args, kwargs)
-    if quicken is not None and not torch.is_grad_enabled() and (mine.asked != hub.epoch or mine.quick is not None):
+    if quicken is not None and not torch.is_grad_enabled() and mine.asked != hub.epoch:
         quicken(layer, mine)
     return _run_set(layer, mine, active, ctx, forward, args, kwargs)
 

@@ -4,8 +4,9 @@
 
 A closure over the layer's own tensors. LoRA's factors are read where they are, so nothing can go stale. What must be computed
 first (a norm, a tensor train) is kept until the epoch, a version or an optimizer's step says that something may have changed;
-only writes through ``.data`` pass unseen. A closure answers None whenever the call is not the one it was made for, and the
-layer's general forward answers instead.
+only writes through ``.data`` pass unseen. A closure answers None to a call that is not of the kind it was made for, and
+NotImplemented where something has changed; the layer's general forward answers instead, and in the second case has the closure
+made again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from omnilora.plans.elementwise import magnify_
 from omnilora.plans.normal import Normal, lower
 from omnilora.plans.product import Line, divides, factor
 
-Quick = Callable[[Tensor], Tensor | None]
+Quick = Callable[[Tensor], Any]  # y, None or NotImplemented
 
 class _Read(Exception):
     """A form looked at the context: its map is not one for all calls."""
@@ -68,15 +69,21 @@ def _made(layer: Any, mine: Adapters) -> Quick | None:
     stack = torch._C._functorch.peek_interpreter_stack
     forward_ad = torch.autograd.forward_ad
 
-    def quick(x: Tensor) -> Tensor | None:
-        if hub.epoch != epoch or hub.active is not active or hub.merged or hub.visits is not None or local.context is not EMPTY or grad():
+    me = id(mine)
+
+    def quick(x: Tensor) -> Any:
+        if hub.epoch != epoch or hub.active is not active:
+            return NotImplemented
+        if hub.merged or local.context is not EMPTY or grad():
             return None
         if (type(x) is not Tensor or x.dtype is not dtype or stack() is not None or forward_ad._current_level >= 0 or not executor.serves()
                 or auto(x.device.type)):  # fmt: skip
             return None
         for slot, scale, how, training in scales:
             if slot.scale != scale or slot.how is not how or slot.training is not training:
-                return None
+                return NotImplemented
+        if hub.visits is not None:
+            hub.visits.add(me)
         return call(x)
 
     return quick
@@ -94,9 +101,9 @@ def _direct(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick |
     dtype = w.dtype
     cast = a.dtype != dtype or b.dtype != dtype
 
-    def call(x: Tensor) -> Tensor | None:
+    def call(x: Tensor) -> Any:
         if params["weight"] is not w or own[a_name] is not a or own[b_name] is not b or w.dtype is not dtype:
-            return None
+            return NotImplemented
         y = F.linear(x, w, params["bias"])
         h = F.linear(x, a.to(dtype) if cast else a)
         return _added(y, h, (b.to(dtype) if cast else b).t(), s)
@@ -120,12 +127,12 @@ def _held(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick:
     hub = layer.adapters.hub
     step, written = steps.taken(), hub.written
 
-    def call(x: Tensor) -> Tensor | None:
+    def call(x: Tensor) -> Any:
         if steps.taken() != step or hub.written != written:
-            return None
+            return NotImplemented
         for table, n, t, version, at in seen:
             if table[n] is not t or t._version != version or t.data_ptr() != at:
-                return None
+                return NotImplemented
         y = _added(F.linear(x, w, bias), F.linear(x, a), bt, s, d)  # type: ignore[arg-type]
         if c is not None:
             y = magnify_(y.view(-1, y.shape[-1]), c).view(y.shape) if divided else y.mul_(c)
