@@ -277,8 +277,9 @@ def test_odd_sizes_and_high_ranks():
                 for i, (a, b) in enumerate(zip(A, B)):
                     at = (order[i * count : (i + 1) * count, None] * per + torch.arange(per)).flatten()
                     want[at] += float(scales[i]) * (x[at].double() @ a.double().T) @ b.double().T
-                call(x.data_ptr(), y.data_ptr(), fan_in, fan_out, n, per, order.data_ptr(), len(ranks), spans.data_ptr(),
-                     table.data_ptr(), scales.data_ptr())  # fmt: skip
+                job = torch.tensor([fan_in, fan_out, n, per, order.data_ptr(), len(ranks), spans.data_ptr(), table.data_ptr(),
+                                    scales.data_ptr()])  # fmt: skip
+                call(x.data_ptr(), y.data_ptr(), job.data_ptr())
                 torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-4)
 
 

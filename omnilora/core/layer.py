@@ -108,16 +108,15 @@ class Adapted(StandIn):
     adapters: Adapters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():  # first: compiled code shall not look at what changes
-            mine = self.__dict__["_modules"]["adapters"]
-            if mine.quick is not None and not kwargs and len(args) == 1:
-                y = mine.quick(args[0])
-                if y is NotImplemented:
-                    mine.asked = -1
-                elif y is not None:
-                    return y
-        inner = self.adapters.inner
-        return run(self, inner if inner is not None else super().forward, args, kwargs)  # type: ignore[misc]
+        mine: Adapters = self.__dict__["_modules"]["adapters"]
+        if not torch.compiler.is_compiling() and mine.quick is not None and not kwargs and len(args) == 1:
+            y = mine.quick(args[0])  # is_compiling first: compiled code shall not look at what changes
+            if y is NotImplemented:
+                mine.asked = -1
+            elif y is not None:
+                return y
+        forward = mine.inner if mine.inner is not None else super().forward  # type: ignore[misc]
+        return run(self, mine, forward, args, kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward" and getattr(value, "__self__", None) is self:
@@ -181,8 +180,7 @@ def detach_layer(layer: nn.Module) -> None:
 # -- one forward of an adapted layer ------------------------------------------------------------------------------------
 
 
-def run(layer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    mine: Adapters = layer.adapters
+def run(layer: Any, mine: Adapters, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     hub = mine.hub
     ctx = hub.context()
     if torch.compiler.is_compiling():
@@ -200,6 +198,10 @@ def run(layer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         return _run_rows(layer, mine, ctx, ctx.rows, forward, args, kwargs)
     if quicken is not None and not torch.is_grad_enabled() and mine.asked != hub.epoch:
         quicken(layer, mine)
+        if mine.quick is not None and not kwargs and len(args) == 1:  # from the first call on: one that rounds otherwise is none
+            y = mine.quick(args[0])
+            if y is not None and y is not NotImplemented:
+                return y
     return _run_set(layer, mine, active, ctx, forward, args, kwargs)
 
 

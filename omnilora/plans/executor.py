@@ -50,7 +50,7 @@ def plain(x: Tensor) -> bool:
         or x.is_meta
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
-        or torch.is_autocast_enabled(x.device.type)
+        or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
     )
 
 

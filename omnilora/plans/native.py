@@ -38,10 +38,16 @@ def cache_folder() -> Path:
 def _processor() -> str:
     """What ``-march=native`` depends on."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+@lru_cache(maxsize=1)
+def computes_bf16() -> bool:
+    """Whether this processor has instructions for bf16 products (AVX512-BF16, AMX, Arm's BF16)."""
+    return bool(set(_processor().split()) & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def _build(source: str) -> Path:

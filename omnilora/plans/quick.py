@@ -27,7 +27,9 @@ from omnilora.plans import executor, steps
 from omnilora.plans.elementwise import magnify_
 from omnilora.plans.normal import Normal, lower
 from omnilora.plans.product import Line, divides, factor
+from omnilora.plans.ragged import few, function, job
 
+MOST = 512  # jobs that a layer keeps: one for each number of tokens
 Quick = Callable[[Tensor], Any]  # y, None or NotImplemented
 
 class _Read(Exception):
@@ -99,14 +101,14 @@ def _direct(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick |
         return None
     a_name, b_name, a, b, s, w = names[id(low.A)], names[id(low.B)], low.A, low.B, low.s, params["weight"]
     dtype = w.dtype
-    cast = a.dtype != dtype or b.dtype != dtype
+    if a.dtype != dtype or b.dtype != dtype:
+        return None
+    add = _Update(a, b, s)
 
     def call(x: Tensor) -> Any:
         if params["weight"] is not w or own[a_name] is not a or own[b_name] is not b or w.dtype is not dtype:
             return NotImplemented
-        y = F.linear(x, w, params["bias"])
-        h = F.linear(x, a.to(dtype) if cast else a)
-        return _added(y, h, (b.to(dtype) if cast else b).t(), s)
+        return add(x, F.linear(x, w, params["bias"]))
 
     return call
 
@@ -116,8 +118,9 @@ def _held(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick:
     w, bias = executor.constants_of(normal.base, layer.weight)  # type: ignore[arg-type]
     s, a, b, d = executor.joined(normal.low, layer.weight)
     dtype, whole = w.dtype, isinstance(normal.base, Base)  # type: ignore[union-attr]
-    a, bt = a.detach().to(dtype), b.detach().to(dtype).t()
+    a, b = a.detach().to(dtype), b.detach().to(dtype)
     d, off = (None if t is None else t.detach().to(dtype) for t in (d, normal.b))
+    add = _Update(a, b if d is None else b * d, s)
     c = None if normal.c is None else normal.c.detach()
     divided = c is not None and divides(Line(w, bias, b=off), dtype)
     c = None if c is None else factor(c) if divided else c.to(dtype)
@@ -133,7 +136,7 @@ def _held(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick:
         for table, n, t, version, at in seen:
             if table[n] is not t or t._version != version or t.data_ptr() != at:
                 return NotImplemented
-        y = _added(F.linear(x, w, bias), F.linear(x, a), bt, s, d)  # type: ignore[arg-type]
+        y = add(x, F.linear(x, w, bias))  # type: ignore[arg-type]
         if c is not None:
             y = magnify_(y.view(-1, y.shape[-1]), c).view(y.shape) if divided else y.mul_(c)
         return y if off is None else y.add_(off)
@@ -141,13 +144,40 @@ def _held(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick:
     return call
 
 
-def _added(y: Tensor, h: Tensor, bt: Tensor, s: float, d: Tensor | None = None) -> Tensor:
-    """y (…, out) += s (d ⊙ h (…, r)) Bᵀ, rounded as the general pass rounds."""
-    if s != 1.0:
-        h.mul_(s)
-    if d is not None:
-        h.mul_(d)
-    if y.dim() == 2:
-        return y.addmm_(h, bt)
-    y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), bt)
-    return y
+class _Update:
+    """y (…, out) += s B (A x), A (r, in), B (out, r), in place: natively for few tokens, as two products for many."""
+
+    def __init__(self, a: Tensor, b: Tensor, s: float) -> None:
+        self.a, self.b, self.bt, self.s = a, b, b.t(), s
+        self.width, self.dtype = a.shape[1], a.dtype
+        self.native, self.most = function(a.dtype), few(a.dtype)
+        self.jobs: dict[tuple[int, int, int], tuple[int, tuple[Tensor, ...]] | None] = {}
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        a, b = self.a, self.b
+        if x.is_cpu and (n := x.numel() // self.width) <= self.most and x.is_contiguous() and a.is_contiguous() and b.is_contiguous():
+            key = (n, a.data_ptr(), b.data_ptr())
+            ready = self.jobs[key] if key in self.jobs else self._job(key)
+            if ready is not None:
+                self.native(x.data_ptr(), y.data_ptr(), ready[0])  # type: ignore[misc]
+                return y
+        h = F.linear(x, a)
+        if self.s != 1.0:
+            h.mul_(self.s)
+        if y.dim() == 2:
+            return y.addmm_(h, self.bt)
+        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), self.bt)
+        return y
+
+    def _job(self, key: tuple[int, int, int]) -> tuple[int, tuple[Tensor, ...]] | None:
+        """The native call's job for ``n`` tokens and factors at these addresses; None where they are not what they were."""
+        n, a, b = key
+        found = None
+        if n > 0 and all(t.is_cpu and t.dtype is self.dtype for t in (self.a, self.b)):
+            parts = (torch.tensor([[0, 1]]), torch.tensor([[a, b, self.a.shape[0]]]), torch.tensor([self.s]))
+            made = job(self.width, self.b.shape[0], 1, n, None, *parts)
+            found = (made.data_ptr(), (made, *parts))
+        if len(self.jobs) > MOST:
+            self.jobs.clear()
+        self.jobs[key] = found
+        return found

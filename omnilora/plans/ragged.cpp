@@ -248,11 +248,20 @@ void run(const T* x, T* y, int64_t in, int64_t out, const int64_t* tokens, int64
     }
 }
 
-// order (positions): the row at each position, or null. A row is `per` tokens. spans (k, 2): first and last position of each run;
-// terms (k, 3): addresses of A and B, rank (0: nothing to do); scales (k).
+// What to add. order (positions): the row at each position, or null. A row is `per` tokens. spans (k, 2): first and last position
+// of each run; terms (k, 3): addresses of A and B, rank (0: nothing to do); scales (k).
+struct Job {
+    int64_t in, out, positions, per;
+    const int64_t* order;
+    int64_t k;
+    const int64_t *spans, *terms;
+    const float* scales;
+};
+
 template <class T>
-void ragged(const T* x, T* y, int64_t in, int64_t out, int64_t positions, int64_t per, const int64_t* order, int64_t k,
-            const int64_t* spans, const int64_t* terms, const float* scales) {
+void ragged(const T* x, T* y, const Job& job) {
+    const int64_t in = job.in, out = job.out, positions = job.positions, per = job.per, k = job.k;
+    const int64_t *order = job.order, *spans = job.spans, *terms = job.terms;
     static thread_local std::vector<int64_t> cost;
     cost.assign(positions + 1, 0);
     for (int64_t i = 0; i < k; ++i)
@@ -263,7 +272,7 @@ void ragged(const T* x, T* y, int64_t in, int64_t out, int64_t positions, int64_
     int64_t wanted = all * per * (in + out) / GRAIN + 1;
     int threads = int(std::min<int64_t>({wanted, omp_get_max_threads(), positions * per}));
     const int64_t* costs = cost.data();
-    auto part = [=](int t, int n) {
+    auto part = [=, &job](int t, int n) {
         // tokens [begin, end) of this thread, by cost
         auto cut = [=](int64_t share) {
             int64_t p = std::upper_bound(costs, costs + positions + 1, share) - costs - 1;
@@ -281,7 +290,7 @@ void ragged(const T* x, T* y, int64_t in, int64_t out, int64_t positions, int64_
             tokens.resize(to - from);
             for (int64_t q = from; q < to; ++q) tokens[q - from] = order ? order[q / per] * per + q % per : q;
             run(x, y, in, out, tokens.data(), to - from, reinterpret_cast<const T*>(terms[3 * i]),
-                reinterpret_cast<const T*>(terms[3 * i + 1]), r, scales[i], scratch);
+                reinterpret_cast<const T*>(terms[3 * i + 1]), r, job.scales[i], scratch);
         }
     };
     if (threads <= 1) {
@@ -295,12 +304,6 @@ void ragged(const T* x, T* y, int64_t in, int64_t out, int64_t positions, int64_
 }  // namespace
 
 extern "C" {
-void ragged_f32(const float* x, float* y, int64_t in, int64_t out, int64_t positions, int64_t per, const int64_t* order, int64_t k,
-                const int64_t* spans, const int64_t* terms, const float* scales) {
-    ragged(x, y, in, out, positions, per, order, k, spans, terms, scales);
-}
-void ragged_bf16(const void* x, void* y, int64_t in, int64_t out, int64_t positions, int64_t per, const int64_t* order, int64_t k,
-                 const int64_t* spans, const int64_t* terms, const float* scales) {
-    ragged(static_cast<const bf16*>(x), static_cast<bf16*>(y), in, out, positions, per, order, k, spans, terms, scales);
-}
+void ragged_f32(const float* x, float* y, const Job* job) { ragged(x, y, *job); }
+void ragged_bf16(const void* x, void* y, const Job* job) { ragged(static_cast<const bf16*>(x), static_cast<bf16*>(y), *job); }
 }

@@ -14,11 +14,9 @@ a forward with gradients, train ↔ eval or a step of any optimizer says that nu
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,9 +29,10 @@ from omnilora.core.op import LINEAR
 from omnilora.core.parameterization import Slot
 from omnilora.core.site import Base
 from omnilora.errors import OmniloraError
-from omnilora.plans import native, steps
-from omnilora.plans.executor import plain
+from omnilora.plans import steps
+from omnilora.plans.executor import plain, serves
 from omnilora.plans.normal import Low, lower
+from omnilora.plans.ragged import few, function, job
 
 KEPT = 8  # mixtures of adapters whose layouts a model keeps
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -157,8 +156,17 @@ class Batch:
         self.order = None if bool((order[1:] > order[:-1]).all()) else order.cpu()
         self.spans = torch.tensor([(a, b) for _, _, a, b in self.users], dtype=torch.int64).reshape(-1, 2)
         self.largest = max((b - a for _, _, a, b in self.users), default=0)
-        self.native = (self.positions, 0 if self.order is None else self.order.data_ptr(), len(self.users), self.spans.data_ptr())
+        self.calls: dict[Adapters, Call] = {}  # the short way of layers that were met with this batch
         self._index: dict[tuple[int, int, int], Tensor] = {}
+        self._jobs: dict[tuple[Plan, int], tuple[int, Tensor]] = {}
+
+    def job(self, plan: Plan, per: int) -> int:
+        """The address of the native call's job."""
+        found = self._jobs.get((plan, per))
+        if found is None:
+            made = job(plan.fan_in, plan.fan_out, self.positions, per, self.order, self.spans, plan.table, plan.factors)
+            found = self._jobs[plan, per] = (made.data_ptr(), made)
+        return found[0]
 
     def per(self, x: Tensor) -> int:
         """How many tokens of x (…, in) a position has; 0 where x has another leading shape than the rows say."""
@@ -216,7 +224,6 @@ class Plan:
         self.versions = [(p.data_ptr(), p._version) for p in self.copied]
         self.table = torch.tensor([(0, 0, 0) if t is None else (t.A.data_ptr(), t.B.data_ptr(), t.A.shape[0]) for t in terms])
         self.factors = torch.tensor(self.scales, dtype=torch.float32)
-        self.addresses = (self.table.data_ptr(), self.factors.data_ptr())
         self.rank = sum(t.A.shape[0] for t in terms if t is not None)
         self.several = sum(t is not None for t in terms) > 1
         self.call = function(dtype)
@@ -230,12 +237,17 @@ class Plan:
             and (not self.copied or [(p.data_ptr(), p._version) for p in self.copied] == self.versions)
         )
 
+    def small(self, batch: Batch, per: int) -> bool:
+        """Whether the native call serves this batch."""
+        return self.call is not None and batch.largest * per <= few(self.dtype)
+
     def add(self, batch: Batch, x: Tensor, y: Tensor, per: int) -> None:
-        """y (tokens, out) += every term on its tokens of x (tokens, in); both contiguous."""
-        if self.call is not None and batch.largest * per <= few(self.dtype):
-            positions, order, k, spans = batch.native
-            self.call(x.data_ptr(), y.data_ptr(), self.fan_in, self.fan_out, positions, per, order, k, spans, *self.addresses)
-        elif self.several and self._wide(batch.largest * per):
+        """y (…, out) += every term on its tokens of x (…, in); both contiguous."""
+        if self.small(batch, per):
+            self.call(x.data_ptr(), y.data_ptr(), batch.job(self, per))  # type: ignore[misc]
+            return
+        x, y = x.view(-1, self.fan_in), y.view(-1, self.fan_out)
+        if self.several and self._wide(batch.largest * per):
             self.stacked(batch, x, y, per)
         else:
             self.grouped(batch, x, y, per)
@@ -274,59 +286,6 @@ class Plan:
             y[used] = y[used].addmm_(own[used], B.t())
 
 
-@lru_cache(maxsize=8)
-def function(dtype: torch.dtype) -> Callable[..., None] | None:
-    """The native call for data of ``dtype``, on integers."""
-    import ctypes
-
-    library = native.library(native.RAGGED) if dtype in native.DTYPES else None
-    if library is None:
-        return None
-    found = getattr(library, f"ragged_{native.DTYPES[dtype]}")
-    address, size = ctypes.c_void_p, ctypes.c_int64
-    found.argtypes = [address, address, size, size, size, size, address, size, address, address, address]
-    found.restype = None
-    return found  # type: ignore[no-any-return]
-
-
-@lru_cache(maxsize=8)
-def few(dtype: torch.dtype, width: int = 512, rank: int = 16) -> int:
-    """The number of tokens of one adapter up to which the native call beats two products, measured once."""
-    call = function(dtype)
-    if call is None:
-        return 0
-    best = 8
-    A, B = torch.zeros(rank, width, dtype=dtype), torch.zeros(width, rank, dtype=dtype)
-    table, scales = torch.tensor([[A.data_ptr(), B.data_ptr(), rank]]), torch.ones(1)
-    with torch.no_grad():
-        for tokens in (16, 32, 64, 128, 256):
-            x, y = torch.zeros(tokens, width, dtype=dtype), torch.zeros(tokens, width, dtype=dtype)
-            spans = torch.tensor([[0, tokens]])
-
-            def one(x: Tensor = x, y: Tensor = y, spans: Tensor = spans, n: int = tokens) -> None:
-                call(x.data_ptr(), y.data_ptr(), width, width, n, 1, 0, 1, spans.data_ptr(), table.data_ptr(), scales.data_ptr())
-
-            def two(x: Tensor = x, y: Tensor = y) -> None:
-                y.addmm_(x @ A.t(), B.t(), alpha=1.0)
-
-            a, b = _seconds(one, two)
-            if a > b:
-                break
-            best = tokens
-    return best
-
-
-def _seconds(*calls: Callable[[], None], rounds: int = 9) -> list[float]:
-    """The least time of each call, in turns."""
-    least = [float("inf")] * len(calls)
-    for _ in range(rounds):
-        for i, call in enumerate(calls):
-            begin = time.perf_counter()
-            call()
-            least[i] = min(least[i], time.perf_counter() - begin)
-    return least
-
-
 BARE, UNKNOWN = (Plan([], [], [], (0, 0), torch.float64) for _ in range(2))
 
 
@@ -351,16 +310,20 @@ def execute(layer: Any, mine: Adapters, ctx: Context, rows: RowGroups, forward: 
             kwargs: dict[str, Any]) -> Any:  # fmt: skip
     """The layer's output for a batch of different rows, or NotImplemented where the trees have to run."""
     hub = mine.hub
+    batch: Batch | None = rows.plans.get("batch")
+    if batch is not None and mine in batch.calls and len(args) == 1 and not kwargs:
+        y = batch.calls[mine](layer, forward, args[0])
+        if y is not NotImplemented:
+            return y
     if torch.is_grad_enabled():
         hub.written += 1
         return NotImplemented
     if layer.training or mine.inner is not None or len(args) != 1 or kwargs or rows.batch_dim:
         return NotImplemented
     x = args[0]
-    if not plain(x) or x.device.type != "cpu":
+    if not plain(x) or not x.is_cpu:
         return NotImplemented
     mark = (hub.epoch, hub.written, steps.taken())
-    batch: Batch | None = rows.plans.get("batch")
     if batch is None or batch.mark != mark:
         batch = batch_of(hub, rows, mark)
     plan = batch.sites.get(mine, UNKNOWN)
@@ -369,15 +332,61 @@ def execute(layer: Any, mine: Adapters, ctx: Context, rows: RowGroups, forward: 
     if plan is None:
         return NotImplemented
     if plan is BARE:
+        batch.calls[mine] = _bare(batch, mine)
         return forward(x)
     per = batch.per(x)
     if per == 0 or x.shape[-1] != plan.fan_in:
         return NotImplemented
-    y = forward(x)
+    if plan.small(batch, per) and x.is_contiguous():
+        batch.calls[mine] = _small(batch, mine, plan, per, x.shape)
+    return _added(plan, batch, per, x, forward(x))
+
+
+def _added(plan: Plan, batch: Batch, per: int, x: Tensor, y: Tensor) -> Tensor:
+    """y with every term, in place where y is the layer's own."""
     flat = x if x.is_contiguous() else x.contiguous()
     if type(y) is Tensor and y.dtype == x.dtype and y.is_contiguous() and y.data_ptr() != flat.data_ptr():
-        plan.add(batch, flat.view(-1, plan.fan_in), y.view(-1, plan.fan_out), per)
+        plan.add(batch, flat, y, per)
         return y
     held = y.to(x.dtype, copy=True).contiguous()
-    plan.add(batch, flat.view(-1, plan.fan_in), held.view(-1, plan.fan_out), per)
+    plan.add(batch, flat, held, per)
     return held.to(y.dtype)
+
+
+# -- the short way of a layer and a batch that have met --------------------------------------------------------------------
+
+Call = Callable[[Any, Callable[..., Any], Any], Any]  # (layer, its forward, x) → y, or NotImplemented: the general way
+
+
+def _bare(batch: Batch, mine: Adapters) -> Call:
+    """No row of the batch has an adapter here."""
+    hub, (epoch, written, taken) = mine.hub, batch.mark
+
+    def call(layer: Any, forward: Callable[..., Any], x: Any) -> Any:
+        if hub.epoch != epoch or hub.written != written or steps.taken() != taken or torch.is_grad_enabled() or layer.training:
+            return NotImplemented
+        return forward(x)
+
+    return call
+
+
+def _small(batch: Batch, mine: Adapters, plan: Plan, per: int, shape: torch.Size) -> Call:
+    """Few tokens of the same shape as before: the native call and the checks that it needs."""
+    hub, (epoch, written, taken) = mine.hub, batch.mark
+    native, job, dtype = plan.call, batch.job(plan, per), plan.dtype
+    grad, auto, stack = torch.is_grad_enabled, torch.is_autocast_enabled, torch._C._functorch.peek_interpreter_stack
+    forward_ad = torch.autograd.forward_ad
+
+    def call(layer: Any, forward: Callable[..., Any], x: Any) -> Any:
+        if hub.epoch != epoch or hub.written != written or steps.taken() != taken or grad() or layer.training or mine.inner is not None:
+            return NotImplemented
+        if (type(x) is not Tensor or x.shape != shape or x.dtype is not dtype or not x.is_cpu or not x.is_contiguous() or auto("cpu")
+                or stack() is not None or forward_ad._current_level >= 0 or not serves() or not plan.fresh()):  # fmt: skip
+            return NotImplemented
+        y = forward(x)
+        if type(y) is Tensor and y.dtype is dtype and y.is_contiguous() and y.data_ptr() != x.data_ptr():
+            native(x.data_ptr(), y.data_ptr(), job)  # type: ignore[misc]
+            return y
+        return _added(plan, batch, per, x, y)
+
+    return call

@@ -16,6 +16,7 @@ from omnilora.core.attach import hub_of
 from omnilora.core.full import Full
 from omnilora.core.targets import own_sites
 from omnilora.errors import BadValue, FileRefused, NeedsExtra, OmniloraError, UnknownName, nearest, need
+from omnilora.plans.native import computes_bf16
 from omnilora.training.config import TrainConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,15 +57,6 @@ def dtype_of(name: str, device: str | torch.device = "cpu") -> torch.dtype:
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if computes_bf16() else torch.float32
-
-
-def computes_bf16() -> bool:
-    """Whether this processor has instructions for bf16 products (AVX512-BF16, AMX, Arm's BF16)."""
-    try:
-        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
-    except OSError:
-        return False
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def load_model(config: TrainConfig, labels: Sequence[Any] | None = None) -> tuple[Any, Any]:
