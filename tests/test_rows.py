@@ -12,7 +12,7 @@ from torch import nn
 
 import omnilora as ol
 from omnilora.core import layer as layers
-from omnilora.plans import native, rows
+from omnilora.plans import native, ragged, rows
 from omnilora.plans.executor import off
 
 RANKS = {"a": 4, "b": 8, "c": 13, "d": 32}
@@ -245,7 +245,7 @@ def test_without_a_compiler(tmp_path):
     code = (
         "import sys, pathlib; sys.path.insert(0, 'tests')\n"
         "import torch, test_rows as t\n"
-        "from omnilora.plans import native, rows\n"
+        "from omnilora.plans import native, ragged, rows\n"
         "assert native.library(native.RAGGED) is None and 'OMNILORA_NATIVE' in native.reason(native.RAGGED)\n"
         "for dtype in (torch.float32, torch.bfloat16):\n"
         "    t.close(*t.both(t.net(dtype), torch.randn(9, 2, 40).to(dtype)))\n"
@@ -270,16 +270,14 @@ def test_odd_sizes_and_high_ranks():
                 x, y = torch.randn(n * per, fan_in, generator=g), torch.randn(n * per, fan_out, generator=g)
                 A = [torch.randn(r, fan_in, generator=g) for r in ranks]
                 B = [torch.randn(fan_out, r, generator=g) for r in ranks]
-                table = torch.tensor([(a.data_ptr(), b.data_ptr(), a.shape[0]) for a, b in zip(A, B)])
-                spans = torch.tensor([(i * count, (i + 1) * count) for i in range(len(ranks))])
-                scales = torch.rand(len(ranks), generator=g)
+                spans = [(i * count, (i + 1) * count) for i in range(len(ranks))]
+                scales = torch.rand(len(ranks), generator=g).tolist()
                 want = y.double()
                 for i, (a, b) in enumerate(zip(A, B)):
                     at = (order[i * count : (i + 1) * count, None] * per + torch.arange(per)).flatten()
-                    want[at] += float(scales[i]) * (x[at].double() @ a.double().T) @ b.double().T
-                job = torch.tensor([fan_in, fan_out, n, per, order.data_ptr(), len(ranks), spans.data_ptr(), table.data_ptr(),
-                                    scales.data_ptr()])  # fmt: skip
-                call(x.data_ptr(), y.data_ptr(), job.data_ptr())
+                    want[at] += scales[i] * (x[at].double() @ a.double().T) @ b.double().T
+                job = ragged.Job((fan_in, fan_out), n, per, order, spans, list(zip(A, B, scales)))
+                call(x.data_ptr(), y.data_ptr(), job.address)
                 torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-4)
 
 

@@ -349,12 +349,14 @@ def _entry(model: nn.Module, args: Any, kwargs: Any) -> None:
         hub.rowed = ctx.rows is not None
         hub.written += 1
     if hub.mode != model.training:
-        hub.mode, hub.visits = model.training, set()
+        hub.mode, hub.unproven = model.training, True
         hub.written += 1
     active = _used(hub, ctx)
-    if hub.visits is not None:
+    local = hub.local
+    local.visits, local.epoch = (set() if hub.unproven else None), hub.epoch
+    if hub.unproven:
         check(model, active)
-        hub.visits, hub.looked = set(), set(active)
+        hub.looked = set(active)
     elif not active <= hub.looked:
         check(model, active - hub.looked)
         hub.looked |= active
@@ -393,10 +395,11 @@ def _exit(model: nn.Module, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     hub: Hub = vars(model)["_omnilora"]
-    hub.local.made = {}
-    if hub.visits is None or hub.merged:
+    local = hub.local
+    local.made = {}
+    seen, local.visits = local.visits, None
+    if seen is None or hub.merged:
         return
-    seen, hub.visits = hub.visits, None
     used = _used(hub, hub.context())
     missed = [s.site.name for _, layer in hosts(model) if id(layer.adapters) not in seen
               for name in used for s in layer.adapters.slots.get(name, ()) if not s.marks.get("optional")]  # fmt: skip
@@ -406,6 +409,8 @@ def _exit(model: nn.Module, args: Any, output: Any) -> None:
             "Their weight is read without calling the layer, or the layer is skipped. Adapt the layer that reads it, "
             "exclude it, or pass optional=[pattern] if skipping is right.",
         )
+    if local.epoch == hub.epoch:
+        hub.unproven = False
 
 
 def check(model: nn.Module, used: Iterable[str] | None = None) -> None:

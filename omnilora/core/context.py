@@ -76,6 +76,8 @@ class _Local(threading.local):
 
     context: Context = EMPTY
     made: Mapping[Any, Any] = MappingProxyType({})  # see omnilora.core.together
+    visits: set[int] | None = None  # ids of the Adapters that took part in a forward that proves the model; None: no such forward
+    epoch = -1  # of the hub when that forward began
 
 
 class Hub:
@@ -95,7 +97,7 @@ class Hub:
         self.needs_run: dict[str, str] = {}  # adapter → method whose rules need a run
         self.mode: bool | None = None  # train or eval at the last forward
         self.rowed = False  # whether the last training forward had rows of its own
-        self.visits: set[int] | None = None  # ids of the Adapters that took part; None: all have since the last change
+        self.unproven = False  # whether no forward has reached all adapted layers since the last change
         self.looked: set[str] = set()  # adapters that were checked since the last change
         self.emitted: list[tuple[str, str, Tensor]] = []
         self._set_up()
@@ -111,7 +113,7 @@ class Hub:
         state = self.__dict__.copy()
         for name in ("local", "key", "run", "groups", "kept_made", "kept"):
             state.pop(name)
-        return state | {"emitted": [], "visits": None if self.visits is None else set()}
+        return state | {"emitted": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -138,7 +140,7 @@ class Hub:
 
     def changed(self) -> None:
         self.epoch += 1
-        self.visits, self.looked = set(), set()
+        self.unproven, self.looked = True, set()
 
     def resolve(self, spec: RowSpec) -> ActiveSet:
         """A name, an ordered list, a weighted mapping or None → an active set. Unknown names raise."""

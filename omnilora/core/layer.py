@@ -192,8 +192,8 @@ def run(layer: Any, mine: Adapters, forward: Callable[..., Any], args: tuple[Any
     if torch.is_grad_enabled() and not ctx.recomputed and torch._C._current_graph_task_id() != -1:
         ctx = in_backward(hub, ctx)
     active = hub.active if ctx.active is None else ctx.active
-    if hub.visits is not None:
-        hub.visits.add(id(mine))
+    if (visits := hub.local.visits) is not None:
+        visits.add(id(mine))
     if ctx.rows is not None:
         return _run_rows(layer, mine, ctx, ctx.rows, forward, args, kwargs)
     if quicken is not None and not torch.is_grad_enabled() and mine.asked != hub.epoch:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from omnilora.core.op import Geometry, Op, like
 from omnilora.core.site import Base, ConvGeometry
@@ -39,8 +41,19 @@ def serves() -> bool:
     return not _off
 
 
+def watched() -> bool:
+    """Whether somebody follows each operation: a function transform, a tracer, a mode that counts, records or replays. Native code
+    and writes in place are nothing to them."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or (torch._C._len_torch_function_stack() > 0 and not all(isinstance(m, DeviceContext) for m in _get_current_function_mode_stack()))
+    )
+
+
 def plain(x: Tensor) -> bool:
-    """Whether fused code may run on x: a plain floating tensor, no transform, no tracing, no autocast."""
+    """Whether fused code may run on x: a plain floating tensor, no transform, no tracing, no autocast, nobody who watches operations."""
     return not (
         _off
         or torch.compiler.is_compiling()
@@ -48,7 +61,7 @@ def plain(x: Tensor) -> bool:
         or not x.is_floating_point()
         or x.numel() == 0
         or x.is_meta
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or watched()
         or torch.autograd.forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
     )

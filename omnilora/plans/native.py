@@ -23,7 +23,8 @@ from torch import Tensor
 KERNELS = "kernels"  # elementwise parts of fused passes
 RAGGED = "ragged"  # low-rank updates of many adapters in one batch
 HEADER = "bf16.h"  # what the sources include
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-std=c++17", "-fPIC", "-shared")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math",
+         "-fopenmp", "-std=c++17", "-fPIC", "-shared")  # not -ffast-math: linked with it, a library sets flush-to-zero  # fmt: skip
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 

@@ -2,11 +2,10 @@
 
     y = c ⊙ (x Wᵀ + bias + s (D ⊙ x Aᵀ) Bᵀ) + b
 
-A closure over the layer's own tensors. LoRA's factors are read where they are, so nothing can go stale. What must be computed
-first (a norm, a tensor train) is kept until the epoch, a version or an optimizer's step says that something may have changed;
-only writes through ``.data`` pass unseen. A closure answers None to a call that is not of the kind it was made for, and
-NotImplemented where something has changed; the layer's general forward answers instead, and in the second case has the closure
-made again.
+A closure over the layer's own tensors. LoRA's factors are read where they are. What must be computed first (a norm, a tensor
+train, another dtype) is a copy, good as long as :class:`~omnilora.plans.seen.Seen`, the epoch and the count of optimizers' steps
+say so. A closure answers None to a call that is not of the kind it was made for, and NotImplemented where something has changed;
+the layer's general forward answers instead, and in the second case has the closure made again.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ from omnilora.plans import executor, steps
 from omnilora.plans.elementwise import magnify_
 from omnilora.plans.normal import Normal, lower
 from omnilora.plans.product import Line, divides, factor
-from omnilora.plans.ragged import few, function, job
+from omnilora.plans.ragged import Job, few, function
+from omnilora.plans.seen import Seen
 
 MOST = 512  # jobs that a layer keeps: one for each number of tokens
 Quick = Callable[[Tensor], Any]  # y, None or NotImplemented
@@ -65,12 +65,12 @@ def _made(layer: Any, mine: Adapters) -> Quick | None:
     if any(k.p or k.gates for k in normal.low) or not torch.equal(before, torch.get_rng_state()):
         return None
     call = _direct(layer, pairs, normal) or _held(layer, pairs, normal)
+    if call is None:
+        return None
     active, epoch, local, dtype = hub.active, hub.epoch, hub.local, layer.weight.dtype
     scales = [(s, s.scale, s.how, s.training) for s, _ in pairs]
     grad, auto = torch.is_grad_enabled, torch.is_autocast_enabled
-    stack = torch._C._functorch.peek_interpreter_stack
-    forward_ad = torch.autograd.forward_ad
-
+    watched, forward_ad = executor.watched, torch.autograd.forward_ad
     me = id(mine)
 
     def quick(x: Tensor) -> Any:
@@ -78,14 +78,14 @@ def _made(layer: Any, mine: Adapters) -> Quick | None:
             return NotImplemented
         if hub.merged or local.context is not EMPTY or grad():
             return None
-        if (type(x) is not Tensor or x.dtype is not dtype or stack() is not None or forward_ad._current_level >= 0 or not executor.serves()
-                or auto(x.device.type)):  # fmt: skip
+        if (type(x) is not Tensor or x.dtype is not dtype or watched() or forward_ad._current_level >= 0 or not executor.serves()
+                or auto("cpu" if x.is_cpu else x.device.type)):  # fmt: skip
             return None
         for slot, scale, how, training in scales:
             if slot.scale != scale or slot.how is not how or slot.training is not training:
                 return NotImplemented
-        if hub.visits is not None:
-            hub.visits.add(me)
+        if (visits := local.visits) is not None:
+            visits.add(me)
         return call(x)
 
     return quick
@@ -99,22 +99,24 @@ def _direct(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick |
     whole = isinstance(normal.base, Base) and normal.c is None and normal.b is None and low.D is None
     if more or not whole or id(low.A) not in names or id(low.B) not in names:
         return None
-    a_name, b_name, a, b, s, w = names[id(low.A)], names[id(low.B)], low.A, low.B, low.s, params["weight"]
-    dtype = w.dtype
-    if a.dtype != dtype or b.dtype != dtype:
+    a_name, b_name, a, b, w = names[id(low.A)], names[id(low.B)], low.A, low.B, params.get("weight")
+    if w is None or a.dtype != w.dtype or b.dtype != w.dtype:
         return None
-    add = _Update(a, b, s)
+    dtype, add = w.dtype, _Update(a, b, low.s)
 
     def call(x: Tensor) -> Any:
-        if params["weight"] is not w or own[a_name] is not a or own[b_name] is not b or w.dtype is not dtype:
+        if params.get("weight") is not w or own.get(a_name) is not a or own.get(b_name) is not b or w.dtype is not dtype:
             return NotImplemented
-        return add(x, F.linear(x, w, params["bias"]))
+        return add(x, F.linear(x, w, params.get("bias")))
 
     return call
 
 
-def _held(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick:
+def _held(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick | None:
     """For everything else: factors made once, and what they were made from."""
+    seen = Seen([*(m for slot, _ in pairs for m in slot.modules()), layer], written=True)
+    if not seen.tellable:
+        return None
     w, bias = executor.constants_of(normal.base, layer.weight)  # type: ignore[arg-type]
     s, a, b, d = executor.joined(normal.low, layer.weight)
     dtype, whole = w.dtype, isinstance(normal.base, Base)  # type: ignore[union-attr]
@@ -125,17 +127,12 @@ def _held(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick:
     divided = c is not None and divides(Line(w, bias, b=off), dtype)
     c = None if c is None else factor(c) if divided else c.to(dtype)
     bias = bias if whole else None
-    tables = {id(m._parameters): m._parameters for slot, _ in pairs for m in slot.modules()} | {id(layer._parameters): layer._parameters}
-    seen = [(table, n, t, t._version, t.data_ptr()) for table in tables.values() for n, t in table.items() if t is not None]
     hub = layer.adapters.hub
     step, written = steps.taken(), hub.written
 
     def call(x: Tensor) -> Any:
-        if steps.taken() != step or hub.written != written:
+        if steps.taken() != step or hub.written != written or not seen.still():
             return NotImplemented
-        for table, n, t, version, at in seen:
-            if table[n] is not t or t._version != version or t.data_ptr() != at:
-                return NotImplemented
         y = add(x, F.linear(x, w, bias))  # type: ignore[arg-type]
         if c is not None:
             y = magnify_(y.view(-1, y.shape[-1]), c).view(y.shape) if divided else y.mul_(c)
@@ -148,36 +145,36 @@ class _Update:
     """y (…, out) += s B (A x), A (r, in), B (out, r), in place: natively for few tokens, as two products for many."""
 
     def __init__(self, a: Tensor, b: Tensor, s: float) -> None:
-        self.a, self.b, self.bt, self.s = a, b, b.t(), s
-        self.width, self.dtype = a.shape[1], a.dtype
+        self.a, self.b, self.s = a, b, s
+        self.shape, self.dtype = (a.shape[1], b.shape[0]), a.dtype
         self.native, self.most = function(a.dtype), few(a.dtype)
-        self.jobs: dict[tuple[int, int, int], tuple[int, tuple[Tensor, ...]] | None] = {}
+        self.jobs: dict[int, Job] = {}  # by the number of tokens
+        self.at: tuple[int, ...] = ()  # where the factors were when those were made
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         a, b = self.a, self.b
-        if x.is_cpu and (n := x.numel() // self.width) <= self.most and x.is_contiguous() and a.is_contiguous() and b.is_contiguous():
-            key = (n, a.data_ptr(), b.data_ptr())
-            ready = self.jobs[key] if key in self.jobs else self._job(key)
-            if ready is not None:
-                self.native(x.data_ptr(), y.data_ptr(), ready[0])  # type: ignore[misc]
+        if x.is_cpu and x.is_contiguous() and 0 < (n := x.numel() // self.shape[0]) <= self.most and y.is_contiguous():
+            at = (a.data_ptr(), b.data_ptr(), a.numel(), b.numel())  # memory may be exchanged under a parameter
+            job = (self.jobs.get(n) if at == self.at else None) or self._job(n, at)
+            if job is not None and a.is_contiguous() and b.is_contiguous():
+                self.native(x.data_ptr(), y.data_ptr(), job.address)  # type: ignore[misc]
                 return y
         h = F.linear(x, a)
         if self.s != 1.0:
             h.mul_(self.s)
         if y.dim() == 2:
-            return y.addmm_(h, self.bt)
-        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), self.bt)
+            return y.addmm_(h, b.t())
+        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.t())
         return y
 
-    def _job(self, key: tuple[int, int, int]) -> tuple[int, tuple[Tensor, ...]] | None:
-        """The native call's job for ``n`` tokens and factors at these addresses; None where they are not what they were."""
-        n, a, b = key
-        found = None
-        if n > 0 and all(t.is_cpu and t.dtype is self.dtype for t in (self.a, self.b)):
-            parts = (torch.tensor([[0, 1]]), torch.tensor([[a, b, self.a.shape[0]]]), torch.tensor([self.s]))
-            made = job(self.width, self.b.shape[0], 1, n, None, *parts)
-            found = (made.data_ptr(), (made, *parts))
-        if len(self.jobs) > MOST:
+    def _job(self, n: int, at: tuple[int, ...]) -> Job | None:
+        """The native call's job for ``n`` tokens; None where the factors are not as they were."""
+        a, b, (fan_in, fan_out) = self.a, self.b, self.shape
+        same = a.shape[1:] == (fan_in,) and b.shape == (fan_out, a.shape[0])
+        if not same or not all(t.is_cpu and t.dtype is self.dtype and t.is_contiguous() for t in (a, b)):
+            return None
+        if at != self.at or len(self.jobs) > MOST:
             self.jobs.clear()
-        self.jobs[key] = found
-        return found
+            self.at = at
+        made = self.jobs[n] = Job(self.shape, 1, n, None, [(0, 1)], [(a.detach(), b.detach(), self.s)])
+        return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -16,7 +16,7 @@ FEW = {torch.float32: 32, torch.bfloat16: 64}  # tokens of one adapter up to whi
 
 @lru_cache(maxsize=8)
 def function(dtype: torch.dtype) -> Callable[[int, int, int], None] | None:
-    """The native call for data of ``dtype``: addresses of x, y and of a :func:`job`."""
+    """The native call for data of ``dtype``: addresses of x, y and of a :class:`Job`."""
     library = native.library(native.RAGGED) if dtype in native.DTYPES else None
     if library is None:
         return None
@@ -36,11 +36,25 @@ def few(dtype: torch.dtype) -> int:
     return FEW[dtype]
 
 
-def job(fan_in: int, fan_out: int, positions: int, per: int, order: Tensor | None, spans: Tensor, terms: Tensor, factors: Tensor) -> Tensor:
-    """What the native call reads (``Job`` in ragged.cpp); the caller keeps the tensors alive.
+class Job:
+    """What one native call reads, in memory of its own (``Job`` in ragged.cpp).
 
-    ``positions`` rows of ``per`` tokens; ``order`` (positions,): the row at each; ``spans`` (k, 2): first and last position of each
-    run; ``terms`` (k, 3): addresses of A (r, in) and B (out, r), and r; ``factors`` (k,): each s. Integers are of 64 bits.
+    Args:
+        shape: (in, out).
+        positions, per: rows, and tokens of each.
+        order: (positions,), the row at each position; None: as they come.
+        spans: first and last position of each run.
+        terms: of each run A (r, in), B (out, r), both contiguous, and s; None: nothing to add.
     """
-    at = 0 if order is None else order.data_ptr()
-    return torch.tensor([fan_in, fan_out, positions, per, at, len(spans), spans.data_ptr(), terms.data_ptr(), factors.data_ptr()])
+
+    def __init__(self, shape: tuple[int, int], positions: int, per: int, order: Tensor | None, spans: Sequence[tuple[int, int]],
+                 terms: Sequence[tuple[Tensor, Tensor, float] | None]) -> None:  # fmt: skip
+        rows = [(0, 0, 0) if t is None else (t[0].data_ptr(), t[1].data_ptr(), t[0].shape[0]) for t in terms]
+        table = [n for span in spans for n in span] + [n for row in rows for n in row]
+        self.numbers = torch.tensor(table or [0], dtype=torch.int64, device="cpu")
+        self.factors = torch.tensor([0.0 if t is None else t[2] for t in terms], dtype=torch.float32, device="cpu")
+        self.order, self.terms = order, terms  # kept alive
+        at = self.numbers.data_ptr()
+        where = [0 if order is None else order.data_ptr(), len(spans), at, at + 16 * len(spans), self.factors.data_ptr()]
+        self.head = torch.tensor([*shape, positions, per, *where], dtype=torch.int64, device="cpu")
+        self.address = self.head.data_ptr()

@@ -30,9 +30,10 @@ from omnilora.core.parameterization import Slot
 from omnilora.core.site import Base
 from omnilora.errors import OmniloraError
 from omnilora.plans import steps
-from omnilora.plans.executor import plain, serves
+from omnilora.plans.executor import plain, serves, watched
 from omnilora.plans.normal import Low, lower
-from omnilora.plans.ragged import few, function, job
+from omnilora.plans.ragged import Job, few, function
+from omnilora.plans.seen import Seen
 
 KEPT = 8  # mixtures of adapters whose layouts a model keeps
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -43,15 +44,12 @@ Mark = tuple[int, int, int]
 
 
 class Term(NamedTuple):
-    """s B A: contiguous A (r, in) and B (out, r). ``live``: they are the adapter's own memory. ``source``: the parameters that
-    they are made of, ``seen``: the state of those."""
+    """s B A: contiguous A (r, in) and B (out, r), the adapter's own memory or copies; ``seen``: what they were made from."""
 
     A: Tensor
     B: Tensor
     s: float
-    live: bool
-    source: tuple[Tensor, ...]
-    seen: list[Any]
+    seen: Seen
 
 
 class _Asked(Mapping[str, Any]):
@@ -83,19 +81,13 @@ _made: weakref.WeakKeyDictionary[Slot, tuple[tuple[Any, ...], Term | None]] = we
 
 def term_of(slot: Slot, layer: nn.Module, dtype: torch.dtype, mark: tuple[int, int]) -> Term | None:
     """The term of ``slot`` for data of ``dtype``; None where its map is no W + s B A, the same for every input."""
-    key = (dtype, slot.scale, mark)
+    key = (dtype, slot.scale, slot.training, mark)
     kept = _made.get(slot)
-    if kept is not None and kept[0] == key and (kept[1] is None or state_of(kept[1]) == kept[1].seen):
+    if kept is not None and kept[0] == key and (kept[1] is None or kept[1].seen.still()):
         return kept[1]
     made = _lowered(slot, layer, dtype)
     _made[slot] = (key, made)
     return made
-
-
-def state_of(term: Term) -> list[Any]:
-    if term.live:
-        return [t.data_ptr() for t in term.source]
-    return [(t.data_ptr(), t._version) for t in term.source]
 
 
 def _lowered(slot: Slot, layer: nn.Module, dtype: torch.dtype) -> Term | None:
@@ -112,27 +104,28 @@ def _lowered(slot: Slot, layer: nn.Module, dtype: torch.dtype) -> Term | None:
     if any(k.gates or k.p > 0.0 or (k.D is not None and k.D.dim() != 1) for k in normal.low):
         return None
     source = tuple(t for _, t in slot.tensors())
-    if any(t.device.type != "cpu" or not t.is_floating_point() for t in source):
+    if any(not t.is_cpu or not t.is_floating_point() for t in source):
         return None
-    made = _joined(normal.low, dtype, source, (site.fan_out, site.fan_in))
-    return made._replace(seen=state_of(made))
+    made = _joined(slot, normal.low, dtype, source, (site.fan_out, site.fan_in))
+    return made if made.seen.tellable else None
 
 
-def _joined(low: tuple[Low, ...], dtype: torch.dtype, source: tuple[Tensor, ...], shape: tuple[int, int]) -> Term:
+def _joined(slot: Slot, low: tuple[Low, ...], dtype: torch.dtype, source: tuple[Tensor, ...],
+            shape: tuple[int, int]) -> Term:  # fmt: skip
     """One pair of matrices; the adapter's own tensors where they already are that pair."""
     if len(low) == 1 and low[0].D is None:
         A, B = low[0].A, low[0].B
         own = any(A is t for t in source) and any(B is t for t in source)
         if own and A.dtype == B.dtype == dtype and A.is_contiguous() and B.is_contiguous():
-            return Term(A.detach(), B.detach(), float(low[0].s), True, (A, B), [])
+            return Term(A.detach(), B.detach(), float(low[0].s), Seen(slot.modules(), written=False))
     rank = sum(k.rank for k in low)
-    A, B = torch.empty(rank, shape[1], dtype=dtype), torch.empty(shape[0], rank, dtype=dtype)
+    A, B = (torch.empty(s, dtype=dtype, device="cpu") for s in ((rank, shape[1]), (shape[0], rank)))
     at = 0
     for k in low:
         A[at : at + k.rank] = k.A if k.D is None else k.A * k.D.unsqueeze(1)
         B[:, at : at + k.rank] = k.B * k.s
         at += k.rank
-    return Term(A, B, 1.0, False, source, [])
+    return Term(A, B, 1.0, Seen(slot.modules(), written=True))
 
 
 # -- the rows of a batch --------------------------------------------------------------------------------------------------
@@ -154,19 +147,20 @@ class Batch:
         self.positions = at
         order = torch.cat([index for _, index in rows.groups])
         self.order = None if bool((order[1:] > order[:-1]).all()) else order.cpu()
-        self.spans = torch.tensor([(a, b) for _, _, a, b in self.users], dtype=torch.int64).reshape(-1, 2)
         self.largest = max((b - a for _, _, a, b in self.users), default=0)
         self.calls: dict[Adapters, Call] = {}  # the short way of layers that were met with this batch
         self._index: dict[tuple[int, int, int], Tensor] = {}
-        self._jobs: dict[tuple[Plan, int], tuple[int, Tensor]] = {}
+        self._jobs: dict[tuple[Plan, int], Job] = {}
 
     def job(self, plan: Plan, per: int) -> int:
         """The address of the native call's job."""
         found = self._jobs.get((plan, per))
         if found is None:
-            made = job(plan.fan_in, plan.fan_out, self.positions, per, self.order, self.spans, plan.table, plan.factors)
-            found = self._jobs[plan, per] = (made.data_ptr(), made)
-        return found[0]
+            terms = [None if t is None else (t.A, t.B, s) for t, s in zip(plan.terms, plan.scales)]
+            spans = [(first, last) for _, _, first, last in self.users]
+            shape = (plan.fan_in, plan.fan_out)
+            found = self._jobs[plan, per] = Job(shape, self.positions, per, self.order, spans, terms)
+        return found.address
 
     def per(self, x: Tensor) -> int:
         """How many tokens of x (…, in) a position has; 0 where x has another leading shape than the rows say."""
@@ -182,7 +176,7 @@ class Batch:
             return slice(first * per, last * per)
         found = self._index.get((first, last, per))
         if found is None:
-            found = (self.order[first:last, None] * per + torch.arange(per)).flatten()
+            found = (self.order[first:last, None] * per + torch.arange(per, device="cpu")).flatten()
             self._index[first, last, per] = found
         return found
 
@@ -215,27 +209,15 @@ class Plan:
         self.fan_out, self.fan_in = shape
         self.dtype, self.terms = dtype, terms
         self.scales = [0.0 if t is None else u[1] * t.s for u, t in zip(users, terms)]
-        here = [(s, t) for s, t in zip(slots, terms) if s is not None and t is not None]
-        self.slots = [s for s, _ in here]
-        self.said = [s.scale for s in self.slots]
-        self.live = [p for _, t in here if t.live for p in t.source]
-        self.pointers = [p.data_ptr() for p in self.live]
-        self.copied = [p for _, t in here if not t.live for p in t.source]
-        self.versions = [(p.data_ptr(), p._version) for p in self.copied]
-        self.table = torch.tensor([(0, 0, 0) if t is None else (t.A.data_ptr(), t.B.data_ptr(), t.A.shape[0]) for t in terms])
-        self.factors = torch.tensor(self.scales, dtype=torch.float32)
+        self.said = [(s, s.scale) for s, t in zip(slots, terms) if s is not None and t is not None]
+        self.seen = [t.seen for t in terms if t is not None]
         self.rank = sum(t.A.shape[0] for t in terms if t is not None)
         self.several = sum(t is not None for t in terms) > 1
         self.call = function(dtype)
-        self._stack: tuple[Tensor, Tensor] | None = None
 
     def fresh(self) -> bool:
-        """Whether every tensor is what it was."""
-        return (
-            [p.data_ptr() for p in self.live] == self.pointers
-            and [s.scale for s in self.slots] == self.said
-            and (not self.copied or [(p.data_ptr(), p._version) for p in self.copied] == self.versions)
-        )
+        """Whether every slot is what it was."""
+        return all(not s.training and s.scale == scale for s, scale in self.said) and all(seen.still() for seen in self.seen)
 
     def small(self, batch: Batch, per: int) -> bool:
         """Whether the native call serves this batch."""
@@ -273,7 +255,7 @@ class Plan:
         h = x @ A.t()
         own = torch.zeros_like(h)
         at = 0
-        used = torch.zeros(x.shape[0], dtype=torch.bool)
+        used = torch.zeros(x.shape[0], dtype=torch.bool, device="cpu")
         for term, s, (_, _, first, last) in zip(self.terms, self.scales, batch.users):
             if term is not None:
                 rows, to = batch.tokens(first, last, per), slice(at, at + term.A.shape[0])
@@ -374,14 +356,14 @@ def _small(batch: Batch, mine: Adapters, plan: Plan, per: int, shape: torch.Size
     """Few tokens of the same shape as before: the native call and the checks that it needs."""
     hub, (epoch, written, taken) = mine.hub, batch.mark
     native, job, dtype = plan.call, batch.job(plan, per), plan.dtype
-    grad, auto, stack = torch.is_grad_enabled, torch.is_autocast_enabled, torch._C._functorch.peek_interpreter_stack
+    grad, auto = torch.is_grad_enabled, torch.is_autocast_enabled
     forward_ad = torch.autograd.forward_ad
 
     def call(layer: Any, forward: Callable[..., Any], x: Any) -> Any:
         if hub.epoch != epoch or hub.written != written or steps.taken() != taken or grad() or layer.training or mine.inner is not None:
             return NotImplemented
         if (type(x) is not Tensor or x.shape != shape or x.dtype is not dtype or not x.is_cpu or not x.is_contiguous() or auto("cpu")
-                or stack() is not None or forward_ad._current_level >= 0 or not serves() or not plan.fresh()):  # fmt: skip
+                or watched() or forward_ad._current_level >= 0 or not serves() or not plan.fresh()):  # fmt: skip
             return NotImplemented
         y = forward(x)
         if type(y) is Tensor and y.dtype is dtype and y.is_contiguous() and y.data_ptr() != x.data_ptr():

@@ -91,8 +91,8 @@ def run(layer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         state.tried = (*key[:-1], state.block is not None)
     if "layer" in state.refused:
         return forward(*args, **kwargs)
-    if hub.visits is not None:
-        hub.visits.update(_adapted(layer))
+    if (visits := hub.local.visits) is not None:
+        visits.update(_adapted(layer))
     return _pass(layer, state, x, rest, ctx)
 
 
@@ -182,10 +182,10 @@ def _still(layer: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _seen(hub: Hub, ctx: Context) -> Iterator[None]:
-    before, visits = hub.local.context, hub.visits
+    before, visits = hub.local.context, hub.local.visits
     hub.local.context = ctx
-    hub.visits = None if visits is None else set(visits)
+    hub.local.visits = None if visits is None else set(visits)
     try:
         yield
     finally:
-        hub.local.context, hub.visits = before, visits
+        hub.local.context, hub.local.visits = before, visits
