@@ -56,7 +56,7 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def slots(model: nn.Module, adapter: str | None = None) -> list[Slot]:
     """The slots of one adapter (or of all), in the order of the model."""
-    return [s for _, layer in hosts(model) for name, group in layer.adapters.slots.items()
+    return [s for _, layer in hosts(model) for name, group in list(layer.adapters.slots.items())
             if adapter in (None, name) for s in group]  # fmt: skip
 
 
@@ -289,10 +289,7 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
         model.register_forward_pre_hook(_entry, with_kwargs=True)
         model.register_forward_hook(_exit)
         hub.values["frozen"] = [n for n, p in model.named_parameters() if p.requires_grad]
-    for _, layer in base_modules(model):
-        for parameter in layer._parameters.values():
-            if parameter is not None and parameter.requires_grad:
-                parameter.requires_grad_(False)
+    freeze(model)
     pool: dict[str, nn.Parameter] = {}
     made: dict[str, Slot] = {}
     fresh = False
@@ -314,14 +311,27 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
         how.placed(site, model)
         made[site.name] = slot
     if fresh:
-        _slow_paths(model)
-        for call in layers.placed:
-            call(model, hub)
+        announce(model, hub)
     hub.add(name)
     hub.values["planned"] = list(dict.fromkeys(n for _, layer in hosts(model) for n in layer.adapters.places))
     hub.values.setdefault("methods", {})[name] = dataclasses.replace(
         method, store=None, arrange=None, seen={}, fill=None, prepare=None, combine=None, apply=None)
     return hub
+
+
+def freeze(model: nn.Module) -> None:
+    """No tensor of the base learns."""
+    for _, layer in base_modules(model):
+        for parameter in layer._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                parameter.requires_grad_(False)
+
+
+def announce(model: nn.Module, hub: Hub) -> None:
+    """What follows whenever a layer got its first adapter."""
+    _slow_paths(model)
+    for call in layers.placed:
+        call(model, hub)
 
 
 def _nothing(*_: Any) -> None:
@@ -425,7 +435,7 @@ def check(model: nn.Module, used: Iterable[str] | None = None) -> None:
             raise AttachError(f"{path}: a forward was set on the adapted layer and hides it.", "Detach first.")
         same: set[tuple[Any, ...]] = set()  # sites of other adapters at this layer that are the same place
         every = layer.adapters.slots
-        for group in every.values() if used is None else [every[n] for n in used if n in every]:
+        for group in list(every.values()) if used is None else [every[n] for n in used if n in every]:
             for slot in group:
                 site = slot.site
                 if site.kind in ("block", "source"):
@@ -533,6 +543,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
                 raise AttachError(f"{type(layer).__name__} was changed after it was adapted.", "Undo that first.")
             empty.append(layer)
     for _, layer in hosts(model):
+        layer.adapters.quick = None
         for adapter in gone:
             off = layer.adapters.slots.get(adapter, ())
             layer.adapters.drop(adapter)
@@ -545,6 +556,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for adapter in gone:
         hub.drop(adapter)
         hub.values.get("methods", {}).pop(adapter, None)
+    for key in ("rows", "groups"):  # what executors keep of batches holds the slots they met
+        hub.kept.pop(key, None)
     hub.values["planned"] = list(dict.fromkeys(n for _, layer in hosts(model) for n in layer.adapters.places))
     for call in layers.removed:
         call(model)

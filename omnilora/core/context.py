@@ -88,7 +88,7 @@ class Hub:
     def __init__(self) -> None:
         self.names: list[str] = []  # slot number = position; compiled code indexes ``weights`` by it
         self.active: ActiveSet = ()
-        self.weights = torch.zeros(0)  # strength of every attached adapter, in the order of ``names``
+        self.weights = torch.zeros(0, device="cpu")  # strength of every attached adapter, in the order of ``names``
         self.epoch = 0  # counts changes of the active set, of tensors by load, of merges
         self.written = 0  # counts moments at which an adapter's numbers may have moved: a forward with gradients, train ↔ eval
         self.merged: tuple[str, ...] = ()
@@ -228,14 +228,14 @@ def row_groups(
         groups.setdefault(s, []).append(i)
     number = {name: i for i, name in enumerate(hub.names)}
     entries = [(i, number[name], w) for i, s in enumerate(sets) for name, w in s]
-    gates = torch.zeros(len(sets), len(hub.names))
+    gates = torch.zeros(len(sets), len(hub.names), device="cpu")
     if entries:
         row, column, weight = zip(*entries)
-        gates[list(row), list(column)] = torch.tensor(weight)
+        gates[list(row), list(column)] = torch.tensor(weight, dtype=gates.dtype, device="cpu")
     which = {s: g for g, s in enumerate(groups)}
-    member = torch.tensor([which[s] for s in sets])
+    member = torch.tensor([which[s] for s in sets], device="cpu")
     if segments is None:
-        at = tuple((s, torch.tensor(i)) for s, i in groups.items())
+        at = tuple((s, torch.tensor(i, device="cpu")) for s, i in groups.items())
     else:
         of_token = member.to(segments.device)[segments.reshape(-1)]
         count = torch.bincount(of_token, minlength=len(groups)).tolist()

@@ -444,7 +444,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
     key = (os.path.abspath(path), check_base, part)
     folder = _of_adapter(Path(path))
     hub = find_hub(model)
-    if hub is not None and (report := proven.again(model, hub, key, folder, name)) is not None:
+    if hub is not None and (report := proven.again(model, hub, key, folder, name, quota)) is not None:
         return report
     with proven.uncollected():
         seen = proven.stamps(folder)
@@ -453,8 +453,6 @@ def load(model: nn.Module, path: str | os.PathLike[str], name: str = "default", 
             read = placed(found, model, part)
             peft.check_facts(model, read)
             report = states.load_state(model, read, name, check_base=check_base, take=held is not None and read is found)
-        file = folder / "adapter_model.safetensors"
-        file = file if file.is_file() else folder / NATIVE
-        if held is not None and file.is_file() and found.method == read.method:
-            proven.remember(hub_of(model), model, key, seen, file, held, name, report)
+        if held is not None and held.path.parent == folder and found.method == read.method:
+            proven.remember(hub_of(model), model, key, seen, held, name, report)
     return report

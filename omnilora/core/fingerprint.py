@@ -47,14 +47,14 @@ class Verdict:
 @lru_cache(maxsize=1)
 def _signs() -> Tensor:
     g = torch.Generator().manual_seed(20240715)
-    return torch.randint(0, 2, (BLOCK,), generator=g).float() * 2 - 1
+    return torch.randint(0, 2, (BLOCK,), generator=g, device="cpu").float() * 2 - 1
 
 
 def _sketch(w: Tensor) -> tuple[tuple[float, ...], float]:
     flat = w.detach().flatten().float().cpu()
-    total = torch.zeros(WIDTH, dtype=torch.float64)
+    total = torch.zeros(WIDTH, dtype=torch.float64, device="cpu")
     signs = _signs()
-    twice, signed = torch.cat((signs, signs)), torch.empty(BLOCK)
+    twice, signed = torch.cat((signs, signs)), torch.empty(BLOCK, device="cpu")
     for at, part in enumerate(flat.split(BLOCK)):
         if part.numel() == BLOCK:
             back = BLOCK - at % BLOCK
@@ -95,9 +95,15 @@ def _known(store: Store) -> tuple[Fingerprint | None, tuple[int, bytes]]:
     """The fingerprint that is kept, if it still holds, and the mark by which that is told."""
     weight = store.parameter
     flat = next(iter(store.tensors().values())).detach().flatten()
-    mark = (weight._version, flat[:: max(1, flat.numel() // 64)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    version = -1 if weight.is_inference() else weight._version
+    mark = (version, flat[:: max(1, flat.numel() // 64)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     kept = _kept.get(weight)
     return (kept[1] if kept is not None and kept[0] == mark else None), mark
+
+
+def known(store: Store) -> bool:
+    """Whether the weight has a fingerprint that still holds, as far as its version and a sample of its bytes tell."""
+    return store.origin is not None or _known(store)[0] is not None
 
 
 def _fingerprint(store: Store, digests: Iterable[str]) -> Fingerprint:

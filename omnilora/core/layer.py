@@ -142,7 +142,8 @@ def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
             continue
         seen.add(id(module))
         yield path, module
-        inside = [(f"{path}.{n}" if path else n, m) for n, m in module._modules.items() if m is not None and not isinstance(m, Adapters)]
+        own = list(module._modules.items())  # at once: another thread may load an adapter
+        inside = [(f"{path}.{n}" if path else n, m) for n, m in own if m is not None and not isinstance(m, Adapters)]
         inside.reverse()
         ahead += inside
 

@@ -8,9 +8,11 @@ version. Anything else, and any adapter with nested, shared or foreign tensors, 
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnilora.core import layer as layers
-from omnilora.core.attach import activate
+from omnilora.core.attach import activate, announce, freeze
 from omnilora.core.context import Hub
+from omnilora.core.fingerprint import known
 from omnilora.core.layer import Adapted, attach_layer, base_modules, blank, path_name
 from omnilora.core.method import Method
 from omnilora.core.parameterization import Parameterization, Slot, is_still
@@ -50,12 +52,12 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Proven:
+    model: weakref.ref[nn.Module]
     stamps: tuple[Stamp, ...]
     file: Path
     begin: int
     size: int
     parts: tuple[Part, ...]
-    base: tuple[Tensor, ...]
     method: Method
     needs_run: bool
     extra: Mapping[str, Any]
@@ -75,22 +77,23 @@ def _stamp(s: os.stat_result) -> Stamp:
     return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
 
 
-def remember(hub: Hub, model: nn.Module, key: tuple[Any, ...], seen: tuple[Stamp, ...] | None, file: Path, row: Row, name: str,
+def remember(hub: Hub, model: nn.Module, key: tuple[Any, ...], seen: tuple[Stamp, ...] | None, row: Row, name: str,
              report: Mapping[str, Any]) -> None:  # fmt: skip
     """Keep what the load of adapter ``name`` found, where it can be done again: where every tensor is still the memory that
     the file was read into. ``seen``: the stamps from before that load; ``row``: that memory."""
-    if seen is None or stamps(file.parent) != seen:
+    if seen is None or stamps(row.path.parent) != seen or torch.is_inference_mode_enabled():
         return
     if max(max(s[3], s[4]) for s in seen) > time.time_ns() - RACY:
         return
     places: dict[int, tuple[nn.Module, str]] = {}
     slots: list[Slot] = []
-    base: list[Tensor] = []
     for _, layer in base_modules(model):
         places |= {id(child): (layer, at) for at, child in layer._modules.items()}
-        base += [p for p in layer._parameters.values() if p is not None]
         if isinstance(layer, Adapted):
-            slots += layer.adapters.slots.get(name, ())
+            here = layer.adapters.slots.get(name, [])
+            if len(here) > 1:
+                return
+            slots += here
     parts = []
     for slot in slots:
         made = _part(slot, places, row)
@@ -100,16 +103,17 @@ def remember(hub: Hub, model: nn.Module, key: tuple[Any, ...], seen: tuple[Stamp
     kept: dict[Any, Proven] = hub.kept.setdefault("proven", {})
     while len(kept) >= KEPT:
         kept.pop(next(iter(kept)))
-    kept[key] = Proven(seen, file, row.begin, row.size - row.begin, tuple(parts), tuple(base), hub.values["methods"][name],
-                       name in hub.needs_run, dict(hub.values.get("extra", {}).get(name, {})), dict(report))  # fmt: skip
+    kept[key] = Proven(weakref.ref(model), seen, row.path, row.begin, row.size - row.begin, tuple(parts), hub.values["methods"][name],
+                       name in hub.needs_run, copy.deepcopy(hub.values.get("extra", {}).get(name, {})), dict(report))  # fmt: skip
 
 
 def _part(slot: Slot, places: Mapping[int, tuple[nn.Module, str]], row: Row) -> Part | None:
     site = slot.site
-    plain = (site.kind == "linear" and site.called and site.host is None and slot.how.placed.__func__ is Parameterization.placed  # type: ignore[attr-defined]
+    usual = slot.how.placed.__func__ is Parameterization.placed  # type: ignore[attr-defined]
+    plain = (site.kind == "linear" and site.called and site.host is None and site.region is None and usual
              and not slot._modules and not slot._buffers and not slot.shared and id(site.layer) in places)  # fmt: skip
     store = site.store
-    if not plain or not store.dense or store.device.type != "cpu" or store.carried:
+    if not plain or not store.dense or store.device.type != "cpu" or store.carried or store.parameter.is_inference():
         return None
     still = slot.how.frozen()
     tensors = []
@@ -121,39 +125,41 @@ def _part(slot: Slot, places: Mapping[int, tuple[nn.Module, str]], row: Row) -> 
     parent, child = places[id(site.layer)]
     weight = store.parameter
     pattern = {k: v for k, v in vars(slot).items() if not k.startswith("_") and k not in ("adapter", "training")}
+    pattern |= {"roles": dict(slot.roles), "marks": copy.deepcopy(slot.marks)}
     return Part(site, parent, child, weight, (weight.data_ptr(), weight._version), pattern, tuple(tensors))
 
 
-def again(model: nn.Module, hub: Hub, key: tuple[Any, ...], folder: Path, name: str) -> dict[str, Any] | None:
+def again(model: nn.Module, hub: Hub, key: tuple[Any, ...], folder: Path, name: str, quota: int) -> dict[str, Any] | None:
     """Load the file once more as adapter ``name``; None where that needs the full way, with nothing touched."""
-    known: Proven | None = hub.kept.get("proven", {}).get(key)
-    if known is None or name in hub.names or hub.merged or stamps(folder) != known.stamps or not all(map(_stands, known.parts)):
+    kept: dict[Any, Proven] = hub.kept.get("proven", {})
+    found = kept.get(key)
+    if found is None or found.model() is not model or name in hub.names or hub.merged or torch.is_inference_mode_enabled():
         return None
-    data = _read(known)
+    _, check_base, _ = key
+    if stamps(folder) != found.stamps or not all(_stands(p, hub) and (not check_base or known(p.site.store)) for p in found.parts):
+        del kept[key]  # with what it holds of layers that may be gone
+        return None
+    data = _read(found) if found.begin + found.size <= quota else None
     if data is None:
         return None
-    for p in known.base:
-        if p.requires_grad:
-            p.requires_grad_(False)
+    freeze(model)
     home, fresh = path_name(name), False
     with uncollected():
-        for part in known.parts:
+        for part in found.parts:
             layer: Any = part.site.layer
-            if not isinstance(layer, Adapted):
-                attach_layer(layer, hub)
-                fresh = True
-            layer.adapters.put(name, home, _slot(part, name, data, layer.training))
-    for call in layers.placed if fresh else ():
-        call(model, hub)
+            fresh = fresh or not isinstance(layer, Adapted)
+            attach_layer(layer, hub).put(name, home, _slot(part, name, data, layer.training))
+    if fresh:
+        announce(model, hub)
     hub.add(name)
-    hub.values.setdefault("methods", {})[name] = known.method
-    hub.values["planned"] = list(dict.fromkeys([*hub.values.get("planned", ()), *(p.site.name for p in known.parts)]))
-    if known.extra:
-        hub.values.setdefault("extra", {})[name] = dict(known.extra)
-    if known.needs_run:
-        hub.needs_run[name] = known.method.key
+    hub.values.setdefault("methods", {})[name] = found.method
+    hub.values["planned"] = list(dict.fromkeys([*hub.values.get("planned", ()), *(p.site.name for p in found.parts)]))
+    if found.extra:
+        hub.values.setdefault("extra", {})[name] = copy.deepcopy(found.extra)
+    if found.needs_run:
+        hub.needs_run[name] = found.method.key
     activate(model, name)
-    return dict(known.report)
+    return dict(found.report)
 
 
 @contextmanager
@@ -168,12 +174,14 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _stands(part: Part) -> bool:
-    w = part.weight
+def _stands(part: Part, hub: Hub) -> bool:
+    """The layer is where it was, nobody else's, and its weight the same memory in the same version."""
+    w, layer = part.weight, part.site.layer
     return (
-        part.parent._modules.get(part.child) is part.site.layer
-        and part.site.layer._parameters.get(part.site.param) is w
+        part.parent._modules.get(part.child) is layer
+        and layer._parameters.get(part.site.param) is w
         and (w.data_ptr(), w._version) == part.state
+        and (not isinstance(layer, Adapted) or layer.adapters.hub is hub)
     )
 
 
@@ -184,6 +192,8 @@ def _read(known: Proven) -> Lease | None:
     try:
         with open(known.file, "rb", buffering=0) as f:
             before = _stamp(os.fstat(f.fileno()))
+            if before[2] != known.begin + known.size:
+                return None
             f.seek(known.begin)
             got = 0
             while got < known.size and (n := f.readinto(out[got:])):  # type: ignore[arg-type]
@@ -198,7 +208,8 @@ def _slot(part: Part, name: str, data: Lease, training: bool) -> Slot:
     pattern = part.pattern
     slot = blank(Slot)
     slot.__dict__.update(pattern)
-    slot.__dict__.update(adapter=name, roles=dict(pattern["roles"]), shared={}, marks=dict(pattern["marks"]), training=training)
+    slot.__dict__.update(adapter=name, roles=dict(pattern["roles"]), shared={}, marks=copy.deepcopy(pattern["marks"]),
+                         training=training)  # fmt: skip
     for tensor, learns, at, count, shape in part.tensors:
         value = torch.frombuffer(data, dtype=torch.float32, count=count, offset=at).view(shape)
         value = value.clone() if at % ALIGNED else value

@@ -28,13 +28,13 @@ class Lease(np.ndarray):  # type: ignore[type-arg]
 
     whole: Any = None
 
-    def __del__(self) -> None:
-        whole = self.whole
+    def __del__(self, lending: Any = _lending, spare: list[Any] = _spare, most: int = SPARE) -> None:
+        whole = self.whole  # defaults: a module's names are gone at the interpreter's end
         if whole is None:
             return
-        with _lending:
-            if sum(m.nbytes for m in _spare) + whole.nbytes <= SPARE:
-                _spare.append(whole)
+        with lending:
+            if sum(m.nbytes for m in spare) + whole.nbytes <= most:
+                spare.append(whole)
 
 
 def lease(size: int) -> Lease:
@@ -42,7 +42,7 @@ def lease(size: int) -> Lease:
     with _lending:
         at = next((i for i, m in enumerate(_spare) if size <= m.nbytes <= size + size // 8), None)
         whole: Any = None if at is None else _spare.pop(at)
-    whole = torch.empty(size, dtype=torch.uint8).numpy() if whole is None else whole
+    whole = torch.empty(size, dtype=torch.uint8, device="cpu").numpy() if whole is None else whole
     made = whole[:size].view(Lease)
     made.whole = whole
     return made
@@ -52,6 +52,7 @@ def lease(size: int) -> Lease:
 class Row:
     """A whole file in memory. ``begin``: where the tensors' bytes begin."""
 
+    path: Path
     memory: Lease  # tensors hold it too
     address: int
     size: int
@@ -102,4 +103,4 @@ def read(path: Path, header: Mapping[str, Any], head: bytes) -> tuple[dict[str, 
             t = t.clone()
             copies[t.data_ptr()] = first
         out[name] = t
-    return out, Row(memory, memory.ctypes.data + pad, begin + at, begin, copies)
+    return out, Row(path, memory, memory.ctypes.data + pad, begin + at, begin, copies)

@@ -292,7 +292,8 @@ class Base(Op):
         if not own or self.y is not None:
             return None
         store = self.site.store
-        if not store.dense or any(p is not None and p.requires_grad for p in self.layer._parameters.values()):
+        params = self.layer._parameters  # a reparametrized weight is none of them
+        if not store.dense or params.get(self.site.param) is None or any(p is not None and p.requires_grad for p in params.values()):
             return None
         return store.read()
 
