@@ -289,33 +289,34 @@ def place(model: nn.Module, sites: Plan, tensors: Sequence[Tensors | None], name
         model.register_forward_pre_hook(_entry, with_kwargs=True)
         model.register_forward_hook(_exit)
         hub.values["frozen"] = [n for n, p in model.named_parameters() if p.requires_grad]
-    freeze(model)
-    pool: dict[str, nn.Parameter] = {}
-    made: dict[str, Slot] = {}
-    fresh = False
-    for (site, how), leaves in zip(sites, tensors, strict=True):
-        host = site.host if site.host is not None else site.layer
-        fresh = fresh or not isinstance(host, Adapted)
-        mine = attach_layer(host, hub)
-        scale = (scales or {}).get(site.name, how.first_scale(site))
-        slot = Slot(how, site, scale, name)
-        if leaves is None:
-            assert isinstance(how, TiedUse)
-            first = made[how.first]
-            slot.add_module("inner", first)
-        else:
-            slot.fill(leaves, how.frozen(), pool)
-        if host.training is not slot.training or slot._modules:
-            slot.train(host.training)
-        mine.add(name, slot)
-        how.placed(site, model)
-        made[site.name] = slot
-    if fresh:
-        announce(model, hub)
-    hub.add(name)
-    hub.values["planned"] = list(dict.fromkeys(n for _, layer in hosts(model) for n in layer.adapters.places))
-    hub.values.setdefault("methods", {})[name] = dataclasses.replace(
-        method, store=None, arrange=None, seen={}, fill=None, prepare=None, combine=None, apply=None)
+    with hub.changing:
+        freeze(model)
+        pool: dict[str, nn.Parameter] = {}
+        made: dict[str, Slot] = {}
+        fresh = False
+        for (site, how), leaves in zip(sites, tensors, strict=True):
+            host = site.host if site.host is not None else site.layer
+            fresh = fresh or not isinstance(host, Adapted)
+            mine = attach_layer(host, hub)
+            scale = (scales or {}).get(site.name, how.first_scale(site))
+            slot = Slot(how, site, scale, name)
+            if leaves is None:
+                assert isinstance(how, TiedUse)
+                first = made[how.first]
+                slot.add_module("inner", first)
+            else:
+                slot.fill(leaves, how.frozen(), pool)
+            if host.training is not slot.training or slot._modules:
+                slot.train(host.training)
+            mine.add(name, slot)
+            how.placed(site, model)
+            made[site.name] = slot
+        if fresh:
+            announce(model, hub)
+        hub.add(name)
+        hub.values["planned"] = list(dict.fromkeys(n for _, layer in hosts(model) for n in layer.adapters.places))
+        hub.values.setdefault("methods", {})[name] = dataclasses.replace(
+            method, store=None, arrange=None, seen={}, fill=None, prepare=None, combine=None, apply=None)
     return hub
 
 
@@ -365,10 +366,12 @@ def _entry(model: nn.Module, args: Any, kwargs: Any) -> None:
     local = hub.local
     local.visits, local.epoch = (set() if hub.unproven else None), hub.epoch
     if hub.unproven:
-        check(model, active)
+        with hub.changing:
+            check(model, active)
         hub.looked = set(active)
     elif not active <= hub.looked:
-        check(model, active - hub.looked)
+        with hub.changing:
+            check(model, active - hub.looked)
         hub.looked |= active
     if torch.is_grad_enabled() and model.training and hub.run is None and not ctx.recomputed and not hub.merged:
         for name in active:
@@ -534,35 +537,36 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         raise AttachError("The model is merged.", "Call ol.unmerge(model) first.")
     if name is not None and name not in hub.names:
         raise UnknownName(f"No adapter is named {name!r}.", nearest(name, hub.names))
-    gone = [name] if name is not None else list(hub.names)
-    empty = []
-    for _, layer in hosts(model):
-        mine: Adapters = layer.adapters
-        if not set(mine.slots) - set(gone):
-            if "forward" in vars(layer):
-                raise AttachError(f"{type(layer).__name__} was changed after it was adapted.", "Undo that first.")
-            empty.append(layer)
-    for _, layer in hosts(model):
-        layer.adapters.quick = None
+    with hub.changing:
+        gone = [name] if name is not None else list(hub.names)
+        empty = []
+        for _, layer in hosts(model):
+            mine: Adapters = layer.adapters
+            if not set(mine.slots) - set(gone):
+                if "forward" in vars(layer):
+                    raise AttachError(f"{type(layer).__name__} was changed after it was adapted.", "Undo that first.")
+                empty.append(layer)
+        for _, layer in hosts(model):
+            layer.adapters.quick = None
+            for adapter in gone:
+                off = layer.adapters.slots.get(adapter, ())
+                layer.adapters.drop(adapter)
+                for slot in off:
+                    slot.how.removed(slot.site, model)
+        for layer in empty:
+            detach_layer(layer)
+            for key in [k for k, hook in layer._forward_hooks.items() if hook is _nothing]:
+                del layer._forward_hooks[key]
         for adapter in gone:
-            off = layer.adapters.slots.get(adapter, ())
-            layer.adapters.drop(adapter)
-            for slot in off:
-                slot.how.removed(slot.site, model)
-    for layer in empty:
-        detach_layer(layer)
-        for key in [k for k, hook in layer._forward_hooks.items() if hook is _nothing]:
-            del layer._forward_hooks[key]
-    for adapter in gone:
-        hub.drop(adapter)
-        hub.values.get("methods", {}).pop(adapter, None)
-    for key in ("rows", "groups"):  # what executors keep of batches holds the slots they met
-        hub.kept.pop(key, None)
-    hub.values["planned"] = list(dict.fromkeys(n for _, layer in hosts(model) for n in layer.adapters.places))
-    for call in layers.removed:
-        call(model)
-    if not hub.names:
-        _forget(model, hub)
+            hub.drop(adapter)
+            hub.values.get("methods", {}).pop(adapter, None)
+        for key in ("rows", "groups"):  # what executors keep of batches holds the slots they met
+            hub.kept.pop(key, None)
+        hub.values["planned"] = list(dict.fromkeys(n for _, layer in hosts(model) for n in layer.adapters.places))
+        for call in layers.removed:
+            call(model)
+        if not hub.names:
+            _forget(model, hub)
     return model
 
 

@@ -107,11 +107,12 @@ class Hub:
         self.kept_made: Mapping[Any, Any] = {}
         self.key = id(self)
         self.local = _Local()
+        self.changing = threading.RLock()  # held while adapters come and go, and by who looks whether all are there
         self.kept: dict[str, Any] = {}  # what executors and loaders keep for this model; never copied or saved
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("local", "key", "run", "groups", "kept_made", "kept"):
+        for name in ("local", "changing", "key", "run", "groups", "kept_made", "kept"):
             state.pop(name)
         return state | {"emitted": []}
 

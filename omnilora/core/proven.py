@@ -142,22 +142,22 @@ def again(model: nn.Module, hub: Hub, key: tuple[Any, ...], folder: Path, name: 
     data = _read(found) if found.begin + found.size <= quota else None
     if data is None:
         return None
-    freeze(model)
-    home, fresh = path_name(name), False
-    with uncollected():
+    with uncollected(), hub.changing:
+        freeze(model)
+        home, fresh = path_name(name), False
         for part in found.parts:
             layer: Any = part.site.layer
             fresh = fresh or not isinstance(layer, Adapted)
             attach_layer(layer, hub).put(name, home, _slot(part, name, data, layer.training))
-    if fresh:
-        announce(model, hub)
-    hub.add(name)
-    hub.values.setdefault("methods", {})[name] = found.method
-    hub.values["planned"] = list(dict.fromkeys([*hub.values.get("planned", ()), *(p.site.name for p in found.parts)]))
-    if found.extra:
-        hub.values.setdefault("extra", {})[name] = copy.deepcopy(found.extra)
-    if found.needs_run:
-        hub.needs_run[name] = found.method.key
+        if fresh:
+            announce(model, hub)
+        hub.add(name)
+        hub.values.setdefault("methods", {})[name] = found.method
+        hub.values["planned"] = list(dict.fromkeys([*hub.values.get("planned", ()), *(p.site.name for p in found.parts)]))
+        if found.extra:
+            hub.values.setdefault("extra", {})[name] = copy.deepcopy(found.extra)
+        if found.needs_run:
+            hub.needs_run[name] = found.method.key
     activate(model, name)
     return dict(found.report)
 
