@@ -51,6 +51,12 @@ def computes_bf16() -> bool:
     return bool(set(_processor().split()) & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
+def _openmp(compiler: str) -> list[str]:
+    """torch's own OpenMP runtime where it brings GNU's: two runtimes in a process would fight for its processors."""
+    found = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*.so*")) if "g++" in Path(compiler).name else []
+    return [str(found[0]), "-Wl,--as-needed"] if found else []
+
+
 def _build(source: str) -> Path:
     if os.environ.get("OMNILORA_NATIVE", "1") == "0":
         raise Unavailable("OMNILORA_NATIVE=0")
@@ -61,7 +67,7 @@ def _build(source: str) -> Path:
         raise Unavailable("no C++ compiler")
     code = Path(__file__).with_name(f"{source}.cpp")
     texts = [code.read_bytes(), code.with_name(HEADER).read_bytes()]
-    key = hashlib.sha256(repr((texts, FLAGS, compiler, _processor(), torch.__version__)).encode()).hexdigest()
+    key = hashlib.sha256(repr((texts, FLAGS, _openmp(compiler), compiler, _processor(), torch.__version__)).encode()).hexdigest()
     path = cache_folder() / f"{source}-{key[:16]}.so"
     if path.exists():
         return path
@@ -69,7 +75,8 @@ def _build(source: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / f"{source}.so"
-            done = subprocess.run([compiler, *FLAGS, str(code), "-o", str(made)], capture_output=True, text=True, timeout=300)
+            command = [compiler, *FLAGS, str(code), *_openmp(compiler), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
             if done.returncode != 0:
                 raise Unavailable(f"{compiler} failed: {done.stderr.strip()[-400:]}")
             os.replace(made, path)  # another process may have been faster: both files are the same
