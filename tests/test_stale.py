@@ -257,7 +257,7 @@ def twice(model, path):
     assert [s.site.name for s in ol.slots(model, "one")] == [s.site.name for s in ol.slots(model, "two")]
 
 
-def test_regions_of_one_layer(tmp_path):
+def test_regions_of_one_layer(tmp_path, quick):
     model = ol.adapt(pair(), ol.method("lora", r=2), targets=["0[0/2]", "0[1/2]"])
     shake(model)
     ol.save(model, tmp_path / "a")
@@ -275,7 +275,7 @@ def test_the_file_that_the_manifest_names(tmp_path, quick, key):
 def test_parts_of_one_model_are_told_apart(tmp_path, quick):
     path = saved(tmp_path / "a")
     whole = nn.ModuleDict({"a": pair(), "b": pair(), "c": nn.Linear(8, 2)})
-    ol.adapt(whole, ol.method("lora", r=2), targets=["c"], name="base")
+    ol.adapt(whole, ol.method("lora", r=2), name="base")
     ol.load(whole["a"], path, "one")
     ol.load(whole["b"], path, "two")
     assert len(ol.slots(whole["b"], "two")) == 2 and not ol.slots(whole["a"], "two")
