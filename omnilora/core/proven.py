@@ -110,7 +110,7 @@ def remember(hub: Hub, model: nn.Module, key: tuple[Any, ...], seen: tuple[Stamp
 def _part(slot: Slot, places: Mapping[int, tuple[nn.Module, str]], row: Row) -> Part | None:
     site = slot.site
     usual = slot.how.placed.__func__ is Parameterization.placed  # type: ignore[attr-defined]
-    plain = (site.kind == "linear" and site.called and site.host is None and site.region is None and usual
+    plain = (site.kind == "linear" and site.called and site.host is None and usual
              and not slot._modules and not slot._buffers and not slot.shared and id(site.layer) in places)  # fmt: skip
     store = site.store
     if not plain or not store.dense or store.device.type != "cpu" or store.carried or store.parameter.is_inference():
