@@ -20,6 +20,7 @@ OPTIMIZERS = ("adamw", "paged_adamw", "adam", "sgd", "adagrad", "rmsprop")
 SCHEDULES = ("cosine", "linear", "constant")
 METRICS = {"causal-lm": ("loss", "perplexity"), "classification": ("loss", "accuracy", "macro_f1"),
            "embedding": ("loss", "accuracy")}  # fmt: skip
+SESSION = ("stop_at", "resume", "overwrite")  # fields of one session, which a run's config.yaml does not keep
 LOWER_IS_BETTER = ("loss", "perplexity")
 
 
@@ -78,6 +79,7 @@ class TrainConfig:
     device_map: str | dict[str, Any] | None = None  # of transformers: where the layers go
     output: str | None = None  # folder of the run; None: runs/<method> for `train`, nothing written by `fit`
     resume: bool | str = False  # "auto": newest checkpoint in output, if any; or a checkpoint's folder
+    overwrite: bool = False  # replace the run that output holds
     threads: int | None = None  # CPU threads; None: torch's choice
 
     def __post_init__(self) -> None:
@@ -122,6 +124,8 @@ class TrainConfig:
             raise BadValue(f"labels = {self.labels!r} repeats a label.", "Name each once.")
         if self.tokens and self.task == "embedding":
             raise BadValue("tokens are given with task = 'embedding'.", "Added tokens are learned by language models.")
+        if self.resume and self.overwrite:
+            raise BadValue(f"resume = {self.resume!r} and overwrite = True exclude each other.", "Drop one.")
         if self.stop_at is not None and self.steps is not None and self.stop_at > self.steps:
             raise BadValue(f"stop_at = {self.stop_at} is beyond steps = {self.steps}.", "Lower it.")
 
@@ -135,7 +139,7 @@ class TrainConfig:
 
     def check_output(self) -> None:
         """Fields that need a folder to write to."""
-        for name in ("save_every", "best", "resume"):
+        for name in ("save_every", "best", "resume", "overwrite"):
             if self.output is None and getattr(self, name) not in (None, False):
                 raise BadValue(f"{name} = {getattr(self, name)!r} needs output.", "Name the folder of the run.")
 
@@ -172,6 +176,10 @@ class TrainConfig:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(text, encoding="utf-8")
         return text
+
+    def stored(self) -> TrainConfig:
+        """The run's configuration without what is said to one session only (:data:`SESSION`)."""
+        return self.replace(**{f.name: f.default for f in dataclasses.fields(self) if f.name in SESSION})
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with other values. Unknown keys raise."""

@@ -20,6 +20,7 @@ from omnilora.core.method import Method, method, prepare
 from omnilora.core.run import _the_adapter
 from omnilora.core.targets import targets_from
 from omnilora.errors import AttachError, BadValue, need
+from omnilora.training import folder
 from omnilora.training.batches import Collate, Feed, pack, to_device, two_parts
 from omnilora.training.config import TrainConfig
 from omnilora.training.data import Row, hold_out, label_set, read_rows
@@ -66,6 +67,7 @@ def fit(
     eval_data = config.eval_data if eval_data is None else eval_data
     config.check_evaluation(eval_data is not None)
     config.check_output()
+    folder.check(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if tokenizer is None:
@@ -108,7 +110,8 @@ def _labels(model: Any, rows: list[Row], config: TrainConfig) -> list[Any]:
 
 
 def _fit_rows(model: Any, tokenizer: Any, rows: list[Row], held: list[Row] | None, labels: list[Any] | None,
-              config: TrainConfig, adapter: str | None, loss: Loss | None = None) -> FitReport:  # fmt: skip
+              config: TrainConfig, adapter: str | None, loss: Loss | None = None,
+              began: Callable[[], Any] | None = None) -> FitReport:  # fmt: skip
     length = room(model.config, config)
     made = encode(rows, tokenizer, config, length, labels)
     seen = None if held is None else encode(held, tokenizer, config, length, labels)
@@ -119,7 +122,7 @@ def _fit_rows(model: Any, tokenizer: Any, rows: list[Row], held: list[Row] | Non
         if packing_mode(model, len(tokenizer)) == "blocks":
             collate = _Blocks(tokenizer.pad_token_id, model.dtype)
         examples = pack(examples, length)
-    report = _run(model, examples, None if seen is None else seen.examples, collate, task, config, adapter)
+    report = _run(model, examples, None if seen is None else seen.examples, collate, task, config, adapter, began)
     report.truncated = made.truncated
     return report
 
@@ -139,7 +142,7 @@ class _Blocks(Collate):
 
 
 def _run(model: nn.Module, data: Any, eval_data: Any, collate: Any, task: Task, config: TrainConfig,
-         adapter: str | None) -> FitReport:  # fmt: skip
+         adapter: str | None, began: Callable[[], Any] | None = None) -> FitReport:  # fmt: skip
     def feed(rank: int, world: int) -> Feed:
         return Feed(data, collate, config.batch_size, config.seed, config.workers, rank, world)
 
@@ -156,7 +159,7 @@ def _run(model: nn.Module, data: Any, eval_data: Any, collate: Any, task: Task, 
     if isinstance(data, DataLoader) and config.batch_size != TrainConfig.batch_size:
         warnings.warn("batch_size is that of the DataLoader.", stacklevel=3)
     with kept_blocks():
-        return Loop(model, feed, task, config, adapter, held, second).go()
+        return Loop(model, feed, task, config, adapter, held, second, began).go()
 
 
 def _set_apart(data: Any, share: float, config: TrainConfig) -> tuple[Any, Any]:
@@ -191,6 +194,7 @@ def trained(config: TrainConfig, rate: float = 1.0) -> tuple[Loaded, FitReport, 
         raise BadValue("data is not given.", "Give a file, a folder or a Hub name.")
     config.check_evaluation(config.eval_data is not None)
     config.check_output()
+    folder.check(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     rows, held = _rows(config.data, config.eval_data, config)
@@ -207,12 +211,12 @@ def trained(config: TrainConfig, rate: float = 1.0) -> tuple[Loaded, FitReport, 
     home = None if config.output is None else Path(config.output)
     on_cpu = next(parts.model.parameters()).device.type == "cpu"
     process = need("accelerate", "train").PartialState(cpu=on_cpu)
+    written = config.stored()
+    report = _fit_rows(parts.model, parts.tokenizer, rows, held, labels, config, "default",
+                       began=None if home is None else lambda: written.to_yaml(home / folder.CONFIG))  # fmt: skip
     if process.is_main_process and home is not None:
-        config.to_yaml(home / "config.yaml")
-    report = _fit_rows(parts.model, parts.tokenizer, rows, held, labels, config, "default")
-    if process.is_main_process and home is not None:
-        save(parts.model, home / "adapter", "default")
-        report.write(home / "report.json")
+        save(parts.model, home / folder.ADAPTER, "default")
+        report.write(home / folder.REPORT)
     process.wait_for_everyone()
     return parts, report, config
 
