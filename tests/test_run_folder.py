@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import omnilora as ol
 from omnilora.cli.main import app
 from omnilora.core.method import Method
-from omnilora.errors import BadValue, RunError
+from omnilora.errors import BadValue, FileRefused, RunError
 from omnilora.parameterizations.lora import LoRA
 from omnilora.training import folder
 from omnilora.training.config import TrainConfig
@@ -119,8 +119,8 @@ def test_nothing_to_resume(llama, tmp_path):
     with pytest.raises(BadValue, match="holds no run to resume"):
         train(config("/nowhere/at/all", tmp_path / "none", resume=True))
     done = call("train", "--output", tmp_path / "none", "--resume")
-    assert done.exit_code == 2 and "none holds no run to resume." in done.stderr and not (tmp_path / "none").exists()
-    with pytest.raises(BadValue, match="is no checkpoint"):
+    assert done.exit_code == 2 and "none holds no run to resume" in done.stderr and not (tmp_path / "none").exists()
+    with pytest.raises(FileRefused, match="is no checkpoint"):
         train(config("/nowhere/at/all", tmp_path / "none", resume=str(tmp_path / "step-000001")))
 
 

@@ -154,8 +154,9 @@ def merge(
     output, bytes}.
     """
     from omnilora.cli.loading import for_adapter, loaded
-    from omnilora.cli.merging import merged_folder
+    from omnilora.cli.merging import check_empty, merged_folder
 
+    check_empty(output)
     if not probe.strip():
         raise BadValue("--probe is empty.", "Give a sentence.")
     config = for_adapter(adapter, None, None, model=model, dtype=dtype, load_in_4bit=load_in_4bit or None)

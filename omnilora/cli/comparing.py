@@ -24,7 +24,7 @@ def about(path: Path) -> dict[str, Any]:
     if (path / "config.yaml").is_file():
         return about_run(path)
     if not path.is_dir():
-        raise FileRefused(f"{path} is no folder.", "Give the folder of an adapter or of a run.")
+        raise FileRefused(f"{path} does not exist.", "Give the folder of an adapter or of a run.")
     raise FileRefused(f"{path} holds neither an adapter nor a run.",
                       f"Expected {MANIFEST}, adapter_config.json or config.yaml.")  # fmt: skip
 

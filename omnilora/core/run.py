@@ -17,7 +17,7 @@ from omnilora.core.context import Context
 from omnilora.core.method import Method
 from omnilora.core.parameterization import Slot
 from omnilora.core.rule import Evaluate, Group, Rule
-from omnilora.errors import BadValue, RunError, UnknownName, nearest
+from omnilora.errors import AttachError, BadValue, RunError, UnknownName, nearest
 
 
 class Run:
@@ -222,6 +222,8 @@ class Run:
 
 
 def _the_adapter(model: nn.Module, adapter: str | None) -> str:
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"model is a {type(model).__name__}.", "Pass the nn.Module that ol.adapt was given.")
     hub = hub_of(model)
     if adapter is not None:
         if adapter not in hub.names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 import types
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omnilora.core.targets import check_patterns
 from omnilora.errors import BadValue, UnknownName, nearest, need
 from omnilora.io.yaml import read_yaml
 
@@ -87,7 +89,7 @@ class TrainConfig:
         for f in dataclasses.fields(self):
             value = _coerced(getattr(self, f.name), hints[f.name])
             if not _fits(value, hints[f.name]):
-                raise BadValue(f"{f.name} = {value!r} is a {type(value).__name__}.", f"Give {f.type}.")
+                raise BadValue(f"{f.name} = {value!r} is {_kind(value)}.", f"Give {_wanted(hints[f.name])}.")
             object.__setattr__(self, f.name, value)
         self._ranges()
         self._relations()
@@ -97,6 +99,10 @@ class TrainConfig:
         _one_of(self, "schedule", SCHEDULES)
         _one_of(self, "optimizer", OPTIMIZERS)
         _one_of(self, "dtype", ("auto", "fp32", "bf16", "fp16"))
+        _one_of(self, "bias", (None, "none", "all", "lora_only"))
+        _one_of(self, "tied", (None, "embedding", "both"))
+        for name in ("targets", "exclude", "overrides", "unfreeze"):
+            check_patterns(getattr(self, name) or (), name)
         for name in ("batch_size", "accumulate", "keep", "log_every"):
             _least(self, name, 1)
         for name in ("steps", "stop_at", "eval_every", "save_every", "patience", "threads"):
@@ -149,7 +155,7 @@ class TrainConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         for key in data:
             if key not in known:
-                raise UnknownName(f"No configuration key {str(key)[:80]!r}.", nearest(str(key)[:80], known))
+                raise UnknownName(f"No configuration key {str(key)[:80]!r}.", _remedy(data, str(key)[:80], known))
         return cls(**data)
 
     @classmethod
@@ -192,6 +198,33 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+
+
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing", list: "a list",
+         dict: "keys and values"}  # fmt: skip
+
+
+def _kind(value: Any) -> str:
+    return WORDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _wanted(hint: Any) -> str:
+    """A field's type in words."""
+    known = [WORDS.get(typing.get_origin(o) or o, str(o)) for o in _options(hint) if o is not type(None)]
+    inside = {"list[str]": "a list of texts", "dict[str, dict[str, typing.Any]]": "patterns with their changed keys"}
+    named = [inside.get(str(o), w) for o, w in zip((o for o in _options(hint) if o is not type(None)), known)]
+    return " or ".join(dict.fromkeys(named))
+
+
+def _remedy(data: Mapping[str, Any], key: str, known: list[str]) -> str:
+    """Where an unknown key belongs: hyper-parameters of the method are given under ``hyper``."""
+    from omnilora.core.method import entries
+
+    name = data.get("method", TrainConfig.method)
+    made = entries().get(name) if isinstance(name, str) else None
+    if made is not None and key in inspect.signature(made.make).parameters:
+        return f"It is a hyper-parameter of {name}: write hyper.{key} (in a file: hyper: {{{key}: …}})."
+    return nearest(key, known)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -238,9 +271,9 @@ def _fits(value: Any, hint: Any) -> bool:
     return False
 
 
-def _one_of(config: TrainConfig, name: str, allowed: tuple[str, ...]) -> None:
+def _one_of(config: TrainConfig, name: str, allowed: tuple[str | None, ...]) -> None:
     if getattr(config, name) not in allowed:
-        raise BadValue(f"{name} = {getattr(config, name)!r}.", nearest(getattr(config, name), allowed))
+        raise BadValue(f"{name} = {getattr(config, name)!r}.", nearest(getattr(config, name), filter(None, allowed)))
 
 
 def _least(config: TrainConfig, name: str, low: float) -> None:

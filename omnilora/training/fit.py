@@ -24,11 +24,12 @@ from omnilora.training import folder
 from omnilora.training.batches import Collate, Feed, pack, to_device, two_parts
 from omnilora.training.config import TrainConfig
 from omnilora.training.data import Row, hold_out, label_set, read_rows
-from omnilora.training.encode import encode, room, set_template
+from omnilora.training.encode import check_rows, encode, room, set_template
 from omnilora.training.loop import Loop, learning_rate
 from omnilora.training.losses import Custom, OwnLoss, Task, block_mask, packing_mode, task_of
 from omnilora.training.memory import kept_blocks
 from omnilora.training.models import Loaded, load_parts, remember, targets_for
+from omnilora.training.quiet import quiet_imports
 from omnilora.training.report import FitReport
 
 Loss = Callable[[nn.Module, Any], Any]
@@ -61,10 +62,11 @@ def fit(
 
     Returns: a :class:`FitReport`. Nothing is written unless ``output`` is given.
     """
-    if find_hub(model) is None:
+    if not isinstance(model, nn.Module) or find_hub(model) is None:
         raise AttachError(f"{type(model).__name__} has no adapter.", "Call ol.adapt(model, method) first.")
     config = (config or TrainConfig()).replace(**options) if options or config is None else config
     eval_data = config.eval_data if eval_data is None else eval_data
+    quiet_imports()
     config.check_evaluation(eval_data is not None)
     config.check_output()
     folder.check(config)
@@ -178,14 +180,15 @@ def train(config: TrainConfig) -> FitReport:
 
     Everything that can be checked without the model is checked before it is loaded.
     """
-    return trained(config.replace(output=config.output or f"runs/{config.method}"))[1]
+    return trained(config.replace(output=config.output or f"runs/{config.method}"), say=True)[1]
 
 
-def trained(config: TrainConfig, rate: float = 1.0) -> tuple[Loaded, FitReport, TrainConfig]:
+def trained(config: TrainConfig, rate: float = 1.0, say: bool = False) -> tuple[Loaded, FitReport, TrainConfig]:
     """A whole run: (the trained model with its tokenizer, the report, the configuration with nothing left open).
 
     Args:
         rate: a factor on the learning rate.
+        say: a line on stderr before the model is loaded.
 
     Without ``config.output`` nothing is written.
     """
@@ -199,7 +202,9 @@ def trained(config: TrainConfig, rate: float = 1.0) -> tuple[Loaded, FitReport, 
         torch.set_num_threads(config.threads)
     rows, held = _rows(config.data, config.eval_data, config)
     labels = label_set(rows, config) if config.task == "classification" else None
-    parts = load_parts(config, labels)
+    for each in (rows, held or ()):
+        check_rows(each, config, labels)
+    parts = load_parts(config, labels, say)
     length = room(parts.model.config, config)
     template = config.template if config.task != "causal-lm" else _template(parts, config)
     config = config.replace(labels=labels, max_length=length, template=template,

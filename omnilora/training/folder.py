@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from omnilora.core import files
-from omnilora.errors import BadValue
+from omnilora.errors import BadValue, FileRefused
 from omnilora.io.places import check_folder
 from omnilora.training import checkpoint
 
@@ -37,8 +37,8 @@ def check(config: Any) -> None:
             raise nothing_to_resume(home)
     elif wanted:
         if not (Path(str(wanted)) / checkpoint.TRAINER).is_file():
-            raise BadValue(f"resume = {str(wanted)!r} is no checkpoint.",
-                           f"Give a folder of {home / CHECKPOINTS}, 'auto' or True.")  # fmt: skip
+            raise FileRefused(f"resume = {str(wanted)!r} is no checkpoint.",
+                              f"Give a folder of {home / CHECKPOINTS}, 'auto' or True.")  # fmt: skip
         if Path(str(wanted)).resolve().is_relative_to(home.resolve()):
             return
     if Path(str(config.model)).is_dir() and Path(str(config.model)).resolve() == home.resolve():
@@ -50,8 +50,8 @@ def check(config: Any) -> None:
 def nothing_to_resume(home: Path) -> BadValue:
     """The error of a folder without a checkpoint."""
     if not (home / CONFIG).is_file() and not (home / REPORT).is_file():
-        return BadValue(f"{home} holds no run to resume.", "Name the folder of a run, or leave resume out.")
-    return BadValue(f"The run in {home} has no checkpoint, so that there is nothing to resume.",
+        return BadValue(f"{home} holds no run to resume: it holds no checkpoint.", "Name the folder of a run, or leave resume out.")
+    return BadValue(f"{home} holds no checkpoint, so that there is nothing to resume.",
                     "Start again with overwrite = True (--overwrite); save_every = N writes checkpoints on the way.")  # fmt: skip
 
 
