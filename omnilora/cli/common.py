@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import select
 import shutil
 import sys
 import textwrap
@@ -194,7 +195,7 @@ def guarded(command: Callable[[], Any], as_json: bool) -> int:
     except (BrokenPipeError, _Closed) as error:
         if nobody_reads():
             return CLOSED
-        return unexpected(error, as_json)
+        return unexpected(error.__cause__ if isinstance(error, _Closed) else error, as_json)
     except OSError as error:
         _debug()
         name = f": {error.filename}" if error.filename is not None else ""
@@ -214,14 +215,19 @@ def interrupted(stop: KeyboardInterrupt) -> int:
 def nobody_reads() -> bool:
     """Whether standard output is a closed pipe (``omnilora list | head``); it is then silenced for good."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        end = sys.stdout.fileno()
+    except (OSError, AttributeError):
+        return False
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(end, 0)
+        if not any(event & select.POLLERR for _, event in poll.poll(0)):
+            return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), end)
+    return True
 
 
-def unexpected(error: Exception, as_json: bool) -> int:
+def unexpected(error: BaseException | None, as_json: bool) -> int:
     """Say that the library failed; the exit code."""
     _debug()
     refuse("unexpected", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", DEBUG, as_json)
