@@ -181,7 +181,7 @@ def test_remedies_of_yaml_fit_the_cause(text, says):
 
 
 def test_remedies_of_configurations():
-    with pytest.raises(BadValue, match=r"steps = 'many' is text\. Give a whole number\."):
+    with pytest.raises(BadValue, match=r"steps = 'many' is a str\. Give a whole number\."):
         TrainConfig(steps="many")
     with pytest.raises(UnknownName, match=r"hyper-parameter of lora: write hyper\.r"):
         TrainConfig.from_dict({"r": 3})

@@ -89,7 +89,7 @@ class TrainConfig:
         for f in dataclasses.fields(self):
             value = _coerced(getattr(self, f.name), hints[f.name])
             if not _fits(value, hints[f.name]):
-                raise BadValue(f"{f.name} = {value!r} is {_kind(value)}.", f"Give {_wanted(hints[f.name])}.")
+                raise BadValue(f"{f.name} = {value!r} is a {type(value).__name__}.", f"Give {_wanted(hints[f.name])}.")
             object.__setattr__(self, f.name, value)
         self._ranges()
         self._relations()
@@ -202,10 +202,6 @@ def _plain(value: Any) -> Any:
 
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing", list: "a list",
          dict: "keys and values"}  # fmt: skip
-
-
-def _kind(value: Any) -> str:
-    return WORDS.get(type(value), f"a {type(value).__name__}")
 
 
 def _wanted(hint: Any) -> str:
