@@ -200,15 +200,13 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
 
 
-WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing", list: "a list",
-         dict: "keys and values"}  # fmt: skip
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list", dict: "keys and values"}
 
 
 def _wanted(hint: Any) -> str:
     """A field's type in words."""
-    known = [WORDS.get(typing.get_origin(o) or o, str(o)) for o in _options(hint) if o is not type(None)]
-    inside = {"list[str]": "a list of texts", "dict[str, dict[str, typing.Any]]": "patterns with their changed keys"}
-    named = [inside.get(str(o), w) for o, w in zip((o for o in _options(hint) if o is not type(None)), known)]
+    inside = {list[str]: "a list of texts", dict[str, dict[str, Any]]: "patterns with their changed keys"}
+    named = [inside.get(o) or WORDS.get(typing.get_origin(o) or o, str(o)) for o in _options(hint) if o is not type(None)]
     return " or ".join(dict.fromkeys(named))
 
 
