@@ -183,7 +183,9 @@ def errors_page() -> str:
         table(("code", "class", "is also a", "raised when"), rows),
         "On the command line such an error is one line on stderr and exit code 2. With `--json`, stdout holds "
         '`{"error": {"code", "message", "remedy"}}`. Wrong options of a command have the code `usage`. '
-        "Exit codes: 0 done, 1 a check or run failed, 2 bad input.",
+        "Exit codes: 0 done, 1 a check or run failed, 2 bad input, 130 interrupted. What is not raised on purpose is one line "
+        "too, with the code `os` (the operating system refuses: exit code 2) or `unexpected` (exit code 1); "
+        "OMNILORA_DEBUG=1 shows the traceback.",
     )) + "\n"  # fmt: skip
 
 

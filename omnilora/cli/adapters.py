@@ -31,8 +31,8 @@ def info(
       omnilora info runs/first --json
 
     --json: for an adapter {path, what: "adapter", format, method, hyper, library, sites, parameters, ranks, content,
-    bytes, files, peft, bases, extra, layers}; for a run {path, what: "run", finished, config, report, checkpoints,
-    adapter}.
+    bytes, files, peft, bases, extra, layers}; for a run {path, what: "run", finished, step, resume, config, report,
+    checkpoints, adapter}. resume: the command that goes on, for a run that has not finished.
     """
     from omnilora.cli.comparing import about
 
@@ -51,7 +51,12 @@ def info(
 
 def _show_run(run: dict[str, Any]) -> None:
     config, report = run["config"], run["report"]
-    print(f"run           {run['path']}, {'finished' if run['finished'] else 'not finished'}")
+    at = f"{'stopped' if report is not None else 'interrupted'} at step {run['step']}"
+    print(f"run           {run['path']}, {'finished' if run['finished'] else at}")
+    if run["resume"] is not None:
+        print(f"go on         {run['resume']}")
+    elif not run["finished"]:
+        print("go on         no checkpoint: start it again with --overwrite")
     print(f"model         {config['model']}\ndata          {config['data']}")
     if report is not None:
         print(f"steps         {report['steps']} of {report['total_steps']} in {report['seconds']:.0f} s "
@@ -149,8 +154,9 @@ def merge(
     output, bytes}.
     """
     from omnilora.cli.loading import for_adapter, loaded
-    from omnilora.cli.merging import merged_folder
+    from omnilora.cli.merging import check_empty, merged_folder
 
+    check_empty(output)
     if not probe.strip():
         raise BadValue("--probe is empty.", "Give a sentence.")
     config = for_adapter(adapter, None, None, model=model, dtype=dtype, load_in_4bit=load_in_4bit or None)

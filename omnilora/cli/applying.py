@@ -10,6 +10,7 @@ import typer
 from omnilora.cli.common import AsJson, Sets, emit, quiet_stdout, table
 from omnilora.cli.explaining import Config, MethodKey, Model, Target
 from omnilora.cli.training import Length, Rows, Task, fraction
+from omnilora.io.places import check_folder
 
 
 def apply(
@@ -53,6 +54,7 @@ def apply(
         made = for_adapter(adapter, config, None, **{**given, "data": None, "eval_data": None, "output": None})
         over = {k: v for k, v in given.items() if k in ("data", "eval_data", "output") and v is not None}
         made = configuration(None, sets, **{**made.to_dict(), "hyper": {}, "output": None, "method": method or "", **over})
+    check_folder(made.output or f"runs/{made.method}")
     with quiet_stdout(json):
         report = run(made, adapter_folder(adapter))
     if json:

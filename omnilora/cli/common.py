@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import select
 import shutil
 import sys
 import textwrap
+import traceback
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -18,7 +21,8 @@ from typer.core import TyperGroup
 from omnilora.errors import BadValue, MergeRefused, OmniloraError, RunError
 from omnilora.io.yaml import parse_yaml
 
-DONE, FAILED, BAD_INPUT = 0, 1, 2
+DONE, FAILED, BAD_INPUT, INTERRUPTED, CLOSED = 0, 1, 2, 130, 141
+DEBUG = "OMNILORA_DEBUG=1 shows the traceback."
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Sets = Annotated[list[str] | None, typer.Option(
@@ -63,10 +67,10 @@ def quiet_stdout(on: bool) -> Iterator[None]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[int] = ()) -> str:
-    """Aligned columns; folded to the width of a terminal, as wide as they need to be elsewhere."""
+    """Aligned columns; folded to the width of a terminal (or COLUMNS), as wide as they need to be elsewhere."""
     cells = [[str(c).split("\n") for c in row] for row in (header, *rows)]
     widths = [max(width(line) for row in cells for line in row[i]) for i in range(len(header))]
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit():
         _narrow(widths, shutil.get_terminal_size().columns - GAP * (len(header) - 1))
         cells = [[[part for line in cell for part in _folded(line, widths[i])] for i, cell in enumerate(row)] for row in cells]
     numbers, out = set(right), []
@@ -154,17 +158,85 @@ class Commands(TyperGroup):
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, complete_var: str | None = None,
              standalone_mode: bool = True, windows_expand_args: bool = True, **extra: Any) -> Any:  # fmt: skip
         given = list(sys.argv[1:] if args is None else args)
-        usage_error: Any = typer.BadParameter.__base__
+        parent = super().main
+        sys.exit(guarded(lambda: parent(args, prog_name or "omnilora", complete_var, False, windows_expand_args, **extra),
+                         "--json" in given))  # fmt: skip
+
+    def invoke(self, ctx: Any) -> Any:
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")
         try:
-            code = super().main(args, prog_name or "omnilora", complete_var, False, windows_expand_args, **extra)
-        except OmniloraError as error:
-            code = answer(error, "--json" in given)
-        except usage_error as error:
-            where = error.ctx.command_path if error.ctx is not None else "omnilora"
-            code = refuse("usage", error.format_message(), f"See {where} --help.", "--json" in given)
-        except typer.Abort:
-            code = 130
-        sys.exit(code if isinstance(code, int) else DONE)
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            raise typer.Exit(interrupted(stop)) from stop
+        except BrokenPipeError as error:
+            raise _Closed() from error
+
+
+class _Closed(Exception):
+    """A pipe was closed: what the parser of commands does not end the program for."""
+
+
+def guarded(command: Callable[[], Any], as_json: bool) -> int:
+    """Run a command; the exit code. Whatever it raises becomes one line, with ``as_json`` an object too."""
+    usage_error: Any = typer.BadParameter.__base__
+    try:
+        code = command()
+        sys.stdout.flush()
+    except OmniloraError as error:
+        return answer(error, as_json)
+    except usage_error as error:
+        where = error.ctx.command_path if error.ctx is not None else "omnilora"
+        return refuse("usage", error.format_message(), f"See {where} --help.", as_json)
+    except typer.Abort:
+        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        return interrupted(stop)
+    except (BrokenPipeError, _Closed) as error:
+        if nobody_reads():
+            return CLOSED
+        return unexpected(error.__cause__ if isinstance(error, _Closed) else error, as_json)
+    except OSError as error:
+        _debug()
+        name = f": {error.filename}" if error.filename is not None else ""
+        return refuse("os", f"{error.strerror or ' '.join(str(error).split())[:300]}{name}.", DEBUG, as_json)
+    except Exception as error:
+        return unexpected(error, as_json)
+    return code if isinstance(code, int) else DONE
+
+
+def interrupted(stop: KeyboardInterrupt) -> int:
+    """Say what an interruption left behind; the exit code."""
+    for line in getattr(stop, "__notes__", ["Interrupted."]):
+        warn(line)
+    return INTERRUPTED
+
+
+def nobody_reads() -> bool:
+    """Whether standard output is a closed pipe (``omnilora list | head``); it is then silenced for good."""
+    try:
+        end = sys.stdout.fileno()
+    except (OSError, AttributeError):
+        return False
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(end, 0)
+        if not any(event & select.POLLERR for _, event in poll.poll(0)):
+            return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), end)
+    return True
+
+
+def unexpected(error: BaseException | None, as_json: bool) -> int:
+    """Say that the library failed; the exit code."""
+    _debug()
+    refuse("unexpected", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", DEBUG, as_json)
+    return FAILED
+
+
+def _debug() -> None:
+    if os.environ.get("OMNILORA_DEBUG", "0") != "0":
+        traceback.print_exc(file=sys.stderr)
 
 
 def answer(error: OmniloraError, as_json: bool) -> int:

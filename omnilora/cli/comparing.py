@@ -24,7 +24,7 @@ def about(path: Path) -> dict[str, Any]:
     if (path / "config.yaml").is_file():
         return about_run(path)
     if not path.is_dir():
-        raise FileRefused(f"{path} is no folder.", "Give the folder of an adapter or of a run.")
+        raise FileRefused(f"{path} does not exist.", "Give the folder of an adapter or of a run.")
     raise FileRefused(f"{path} holds neither an adapter nor a run.",
                       f"Expected {MANIFEST}, adapter_config.json or config.yaml.")  # fmt: skip
 
@@ -65,7 +65,9 @@ def kind_of(state: AdapterState, path: Path) -> str:
 
 def about_run(path: Path) -> dict[str, Any]:
     """A run's folder: its configuration, its report where it has finished, checkpoints, and its adapter."""
+    from omnilora.training.checkpoint import found
     from omnilora.training.config import TrainConfig
+    from omnilora.training.folder import command, step_of
 
     report = read_json(path / "report.json") if (path / "report.json").is_file() else None
     if report is not None:
@@ -73,8 +75,11 @@ def about_run(path: Path) -> dict[str, Any]:
         report |= {"first_loss": losses[0] if losses else None, "last_loss": losses[-1] if losses else None}
     adapter = path / "adapter"
     home = path / "checkpoints"
+    there = found(home)
+    done = report is not None and adapter.is_dir() and report.get("stopped") != "stop_at"
     return {
-        "path": str(path), "what": "run", "finished": report is not None and adapter.is_dir(),
+        "path": str(path), "what": "run", "finished": done, "step": step_of(there[-1]) if there else 0,
+        "resume": command(path) if there and not done else None,
         "config": json.loads(json.dumps(TrainConfig.from_yaml(path / "config.yaml").to_dict(), default=str)),
         "report": report, "checkpoints": sorted(p.name for p in home.iterdir() if p.is_dir() and p.name[0] != ".")
         if home.is_dir() else [],

@@ -11,6 +11,7 @@ from omnilora.cli.common import AsJson, Sets, emit, table
 from omnilora.cli.explaining import Config, Model
 from omnilora.cli.training import Length, Rows, Task, fraction
 from omnilora.errors import BadValue
+from omnilora.io.places import check_folder
 from omnilora.io.yaml import read_yaml
 
 
@@ -91,6 +92,7 @@ def compare(
         from omnilora.comparison.problem import reference
 
         options["problem"] = reference(problem)
+    check_folder(output)
     results = go(Plan.from_dict({**options, "config": {**base, **changed}}), output, workers)
     if json:
         emit(results.to_dict())

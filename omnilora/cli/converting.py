@@ -9,6 +9,7 @@ import typer
 
 from omnilora.cli.common import AsJson, emit, quiet_stdout, table
 from omnilora.errors import BadValue
+from omnilora.io.places import check_folder
 
 FORMATS = "peft, vllm, llama.cpp, diffusers, kohya, lycoris or omnilora"
 Part = Annotated[str | None, typer.Option(help="Part of a pipeline: unet, te, te2, te3, transformer, prior, lycoris.")]
@@ -126,6 +127,7 @@ def pull(
     """
     from omnilora.io import hub
 
+    check_folder(output)
     with quiet_stdout(json):
         path = hub.pull(repo, output, revision=revision)
     if json:
@@ -138,9 +140,9 @@ def _write(source: Path, output: Path, target: str, rank: int | None, model: str
            save_dtype: str | None, dtype: str | None, json: bool) -> None:  # fmt: skip
     from omnilora.cli.loading import for_adapter, loaded
     from omnilora.io import export as writers
-    from omnilora.io.formats import named
+    from omnilora.io.formats import check_place, named
 
-    named(target)
+    check_place(output, named(target))
     with quiet_stdout(json):
         if rank is not None and model is not None and (source / "omnilora.json").is_file():
             adapted, _, _ = loaded(for_adapter(source, None, None, model=model, dtype=dtype), source)

@@ -60,7 +60,7 @@ def generate(
     asked = _prompts(prompt, prompts, system)
     made = for_adapter(adapter, config, sets, model=model, dtype=dtype, load_in_4bit=load_in_4bit)
     with quiet_stdout(json):
-        net, tokenizer, made = loaded(made, adapter, check_base=not any_base)
+        net, tokenizer, made = loaded(made, adapter, check_base=not any_base, task="causal-lm")
     import torch
 
     from omnilora.training import evaluate as use
@@ -147,7 +147,7 @@ def chat(
     from omnilora.cli.loading import for_adapter, loaded
 
     made = for_adapter(adapter, config, sets, model=model, dtype=dtype, load_in_4bit=load_in_4bit)
-    net, tokenizer, made = loaded(made, adapter, check_base=not any_base)
+    net, tokenizer, made = loaded(made, adapter, check_base=not any_base, task="causal-lm")
     from omnilora.training.encode import set_template
     from omnilora.training.evaluate import stream
 

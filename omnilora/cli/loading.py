@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def adapter_folder(path: Path | None) -> Path | None:
     if path is None or path.is_file():
         return path
     if not path.is_dir():
-        raise FileRefused(f"{path} is no folder.", "Give the folder of an adapter or of a run.")
+        raise FileRefused(f"{path} does not exist.", "Give the folder of an adapter or of a run.")
     here = any((path / name).is_file() for name in ("omnilora.json", "adapter_config.json"))
     return path if here or not (path / "adapter").is_dir() else path / "adapter"
 
@@ -49,8 +50,11 @@ def for_adapter(adapter: Path | None, file: Path | None, sets: Sequence[str] | N
     return made.replace(resume=False, data=None, eval_data=None, best=None, patience=None, eval_every=None)
 
 
-def loaded(config: Any, adapter: Path | None = None, check_base: bool = True) -> tuple[Any, Any, Any]:
-    """(model in eval mode, tokenizer, configuration), with the adapter on it, its labels, tokens and template."""
+def loaded(config: Any, adapter: Path | None = None, check_base: bool = True, task: str | None = None) -> tuple[Any, Any, Any]:
+    """(model in eval mode, tokenizer, configuration), with the adapter on it, its labels, tokens and template.
+
+    Raises :class:`BadValue` where ``task`` is given and the adapter is of another, before the model is loaded.
+    """
     from omnilora.core.files import load, load_file
     from omnilora.training.encode import set_template
     from omnilora.training.models import load_model
@@ -62,7 +66,11 @@ def loaded(config: Any, adapter: Path | None = None, check_base: bool = True) ->
             config = config.replace(task="classification", labels=extra["labels"], packing=False)
         if extra.get("tokens"):
             config = config.replace(tokens=extra["tokens"]["tokens"])
-    model, tokenizer = load_model(config)
+    if task not in (None, config.task):
+        data = f"--adapter {shlex.quote(str(adapter))}" if adapter is not None else f"--model {config.model} --task {config.task}"
+        raise BadValue(f"{adapter or config.model} is of the task {config.task!r}, not {task!r}: it writes no text.",
+                       f"Measure it: omnilora eval {data} --data test.jsonl")  # fmt: skip
+    model, tokenizer = load_model(config, say=True)
     set_template(tokenizer, config.template)
     if folder is not None:
         load(model, folder, check_base=check_base)
@@ -75,15 +83,19 @@ def skeleton(config: Any) -> Any:
         return None
     import torch
 
+    from omnilora.io.reach import asked_for_model
     from omnilora.training import models
+    from omnilora.training.quiet import quiet_imports
 
+    quiet_imports()
     transformers = need("transformers", "train")
     source, options = models._source(config.model)
     options.pop("use_safetensors", None)
     auto = {"causal-lm": transformers.AutoModelForCausalLM, "embedding": transformers.AutoModel,
             "classification": transformers.AutoModelForSequenceClassification}[config.task]  # fmt: skip
     try:
-        found = transformers.AutoConfig.from_pretrained(source, **options)
+        with asked_for_model(source, "local_files_only" in options):
+            found = transformers.AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         raise BadValue(f"The model {config.model!r} cannot be loaded: {' '.join(str(error).split())[:300]}.",
                        "Give a Hub name, a folder, a .gguf file or package:smollm2.") from error  # fmt: skip

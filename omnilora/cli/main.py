@@ -11,8 +11,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from omnilora import __version__
-from omnilora.cli.common import DONE, Commands, answer
-from omnilora.errors import OmniloraError
+from omnilora.cli.common import Commands, guarded
 
 COMMANDS = {
     "list": "methods.list_methods", "show": "methods.show", "verify": "methods.verify", "explain": "explaining.explain",
@@ -66,7 +65,7 @@ def _top(
       omnilora generate --model package:smollm2 --adapter runs/first/adapter --prompt "Hello"
       omnilora verify --controls
 
-    Exit codes: 0 done, 1 a check or run failed, 2 bad input.
+    Exit codes: 0 done, 1 a check or run failed, 2 bad input, 130 interrupted. OMNILORA_DEBUG=1 shows tracebacks.
     """
     if ctx.invoked_subcommand is None:
         print(ctx.get_help())
@@ -105,10 +104,7 @@ def main() -> None:
         function = command(name)
         given = plain_arguments(function, args)
         if given is not None:
-            try:
-                sys.exit(function(**given) or DONE)
-            except OmniloraError as error:
-                sys.exit(answer(error, "--json" in args))
+            sys.exit(guarded(lambda: function(**given), "--json" in args))
     application(*(n for n in (name,) if n in COMMANDS))()
 
 

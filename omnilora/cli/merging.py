@@ -13,6 +13,15 @@ from torch import Tensor
 
 from omnilora.core.merge import merge, merge_and_unload, unmerge
 from omnilora.errors import BadValue, NotExpressible, need
+from omnilora.io.places import check_folder
+from omnilora.training.quiet import quiet
+
+
+def check_empty(output: Path) -> None:
+    """Whether a model can be saved in ``output``. Raises :class:`BadValue`."""
+    check_folder(output)
+    if output.is_dir() and any(output.iterdir()):
+        raise BadValue(f"{output} exists and is not empty.", "Choose another --output.")
 
 
 def merged_folder(model: Any, tokenizer: Any, output: Path, probe: str, bound: float | None,
@@ -21,8 +30,7 @@ def merged_folder(model: Any, tokenizer: Any, output: Path, probe: str, bound: f
 
     Raises: MergeRefused, NotMergeable; BadValue where ``output`` holds something already.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise BadValue(f"{output} exists and is not empty.", "Choose another --output.")
+    check_empty(output)
     batch = tokenizer(probe, return_tensors="pt").to(next(model.parameters()).device)
 
     def outputs(m: Any) -> Tensor:
@@ -35,7 +43,8 @@ def merged_folder(model: Any, tokenizer: Any, output: Path, probe: str, bound: f
     fresh = output.with_name(f".{output.name}.{uuid.uuid4().hex[:12]}")
     try:
         fresh.mkdir(parents=True)
-        model.save_pretrained(fresh)
+        with quiet(need("transformers", "train")):
+            model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
         if output.exists():
             output.rmdir()

@@ -35,7 +35,7 @@ def list_methods(
     for word, value in (("section", section), ("kind", kind)):
         known = {c[word] for c in found}
         if value is not None and value not in known:
-            raise UnknownName(f"No {word} {value!r}.", nearest(value, known))
+            raise UnknownName(f"No {word} {value!r}.", f"There are: {', '.join(sorted(known))}.")
         found = [c for c in found if value in (None, c[word])]
     known = {t for c in every for t in c["tags"]}
     for name in tag or ():

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from omnilora.cli.common import AsJson, Sets, emit, quiet_stdout, table
+from omnilora.cli.common import AsJson, Sets, emit, quiet_stdout, settings, table
 from omnilora.cli.explaining import Config, MethodKey, Model, Target
 from omnilora.errors import BadValue
 
@@ -45,17 +45,24 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of initialization, order of the data and dropout.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that --output holds.")] = False,
     config: Config = None,
     sets: Sets = None,
     json: AsJson = False,
 ) -> None:  # fmt: skip
     """Fine-tune a model: load, adapt, train, evaluate, save. Writes OUTPUT/{adapter, config.yaml, report.json}.
 
+    OUTPUT must be new or empty, or hold the run to --resume or to --overwrite. Any configuration key can be set in a
+    YAML file (--config) or by --set: stop_at ends this session early (the next --resume goes on),
+    overrides.PATTERN.KEY changes a hyper-parameter for some layers. All keys:
+    python -c "import omnilora as ol; print(ol.TrainConfig().to_yaml())"
+
     \b
     Examples:
       omnilora train --model package:smollm2 --method lora --data train.jsonl --output runs/first
       omnilora train --config run.yaml --set hyper.r=16 --set lr=5e-4
       omnilora train --output runs/first --resume
+      omnilora train --config run.yaml --output runs/first --overwrite
 
     --json: {method, steps, total_steps, seconds, tokens, trainable, truncated, stopped, first_loss, last_loss,
     metrics, evaluations, best, best_value, checkpoint, output, adapter}.
@@ -63,14 +70,17 @@ def train(
     from omnilora.cli.loading import configuration
     from omnilora.training.fit import train as run
 
-    if resume and config is None and output is not None and (Path(output) / "config.yaml").is_file():
-        config = Path(output) / "config.yaml"
+    going_on = resume and config is None
+    if going_on:
+        config = _resumed(output, settings(sets).get("method", method))
     made = configuration(
         config, sets, model=model, method=method, data=data, output=output, eval_data=fraction(eval_data), task=task,
         targets=target, exclude=exclude, unfreeze=unfreeze, bias=bias, epochs=epochs, steps=steps,
         batch_size=batch_size, accumulate=accumulate, lr=lr, schedule=schedule, max_length=max_length,
         packing=packing, padding=padding, dtype=dtype, load_in_4bit=load_in_4bit, gradient_checkpointing=gradient_checkpointing,
-        seed=seed, threads=threads, resume=resume or None)  # fmt: skip
+        seed=seed, threads=threads, resume=resume or None, overwrite=overwrite or None)  # fmt: skip
+    if going_on and "stop_at" not in settings(sets):
+        made = made.replace(stop_at=None)
     with quiet_stdout(json):
         report = run(made)
     figures = {name: getattr(report, name) for name in IN_REPORT}
@@ -87,6 +97,24 @@ def train(
     if report.metrics:
         print("evaluation: " + "  ".join(f"{k} {v:.4g}" for k, v in report.metrics.items()))
     print(f"adapter in {figures['adapter']}")
+    if report.stopped == "stop_at":
+        from omnilora.training.folder import command
+
+        print(f"go on: {command(report.output or '.')}")
+
+
+def _resumed(output: str | None, method: str | None) -> Path:
+    """The configuration of the run to go on with. Raises BadValue where there is none, or one of another method."""
+    from omnilora.training import folder
+    from omnilora.training.config import TrainConfig
+
+    home = Path(output or f"runs/{method or TrainConfig.method}")
+    if not (home / folder.CONFIG).is_file():
+        raise folder.nothing_to_resume(home)
+    theirs = TrainConfig.from_yaml(home / folder.CONFIG).method
+    if method not in (None, theirs):
+        raise BadValue(f"--method {method}, but that run's method is {theirs}.", "Leave --method out, or name another --output.")
+    return home / folder.CONFIG
 
 
 def fraction(text: str | None) -> str | float | None:

@@ -21,7 +21,7 @@ BASELINES: dict[str, dict[str, Any]] = {
     "frozen": {"targets": [], "lr": 1e-2},  # the new head alone learns, no layer is adapted
     "full": {"targets": [], "unfreeze": ["re:.*"], "lr": 1e-4},  # every weight learns
 }
-OWN = ("output", "resume", "seed", "data", "eval_data", "method", "hyper", "steps", "stop_at", "best", "patience",
+OWN = ("output", "resume", "overwrite", "seed", "data", "eval_data", "method", "hyper", "steps", "stop_at", "best", "patience",
        "eval_every", "save_every", "log_every", "trackers")  # fmt: skip
 
 

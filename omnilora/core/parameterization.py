@@ -107,8 +107,8 @@ def positive_rank(r: Any, name: str = "r") -> None:
 def finite(value: Any, name: str, low: float = -math.inf, high: float = math.inf) -> None:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not ok or not low <= value <= high:
-        bounds = "finite" if low == -math.inf and high == math.inf else f"in [{low:g}, {high:g}]"
-        raise BadValue(f"{name} = {value!r} is not allowed.", f"Give a number {bounds}.")
+        wanted = "finite number" if low == -math.inf and high == math.inf else f"number in [{low:g}, {high:g}]"
+        raise BadValue(f"{name} = {value!r} is not allowed.", f"Give a {wanted}.")
 
 
 class Slot(nn.Module):

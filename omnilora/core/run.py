@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from omnilora.core.context import Context
 from omnilora.core.method import Method
 from omnilora.core.parameterization import Slot
 from omnilora.core.rule import Evaluate, Group, Rule
-from omnilora.errors import BadValue, RunError, UnknownName, nearest
+from omnilora.errors import AttachError, BadValue, RunError, UnknownName, nearest
 
 
 class Run:
@@ -34,6 +36,7 @@ class Run:
         self._owed = False  # a training forward happened whose added loss has not been collected
         self._handles: list[Any] = []
         self._rates: list[Any] = []
+        self.rate = 0.0  # learning rate of the optimizer's first group at the last update, all factors in it
         self.seen: dict[str, Any] = {}
         self.others: Callable[[int], Iterator[Any]] | None = None  # position → batches of the data set apart
         self._other: Iterator[Any] | None = None
@@ -162,6 +165,7 @@ class Run:
         if factor != 1.0:
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * factor
+        self.rate = float(optimizer.param_groups[0]["lr"])
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         for group, lr in zip(optimizer.param_groups, self._rates, strict=True):
@@ -218,6 +222,8 @@ class Run:
 
 
 def _the_adapter(model: nn.Module, adapter: str | None) -> str:
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"model is a {type(model).__name__}.", "Pass the nn.Module that ol.adapt was given.")
     hub = hub_of(model)
     if adapter is not None:
         if adapter not in hub.names:
@@ -244,8 +250,12 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups for any torch optimizer: the method's own (LoRA+'s rates …), the rest at ``lr``.
 
-    Every trainable tensor of the adapter is in exactly one group.
+    Every trainable tensor of the adapter is in exactly one group. Raises BadValue where ``lr`` is no number.
     """
+    for option, value in (("lr", lr), ("weight_decay", weight_decay)):
+        number = isinstance(value, (Real, Tensor)) and not isinstance(value, bool)
+        if not (number and math.isfinite(value) and value >= 0):
+            raise BadValue(f"{option} = {value!r}.", "Give a finite number ≥ 0.")
     name = _the_adapter(model, adapter)
     method: Method = hub_of(model).values["methods"][name]
     groups: list[Group] = []
@@ -263,19 +273,31 @@ def start(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, t
           adapter: str | None = None, other: Iterable[Any] | None = None) -> Run:  # fmt: skip
     """Start the clock for a loop of your own.
 
-    Build the optimizer from :func:`param_groups`, then add ``run.loss(batch, outputs)`` to every training loss and
+    Build the optimizer from :func:`param_groups` (:class:`RunError` where it lacks one of the adapter's trainable
+    tensors), then add ``run.loss(batch, outputs)`` to every training loss and
     call ``run.finish()`` at the end; the rest happens at the optimizer's own steps. A method whose update is not one
     forward and backward takes ``run.update(batches, loss)`` instead (see :meth:`Rule.update`), and from ``other`` the
     batches of the second part of the data, where it asks for one.
     """
     name = _the_adapter(model, adapter)
     check(model)
+    if optimizer is not None:
+        _check_optimizer(optimizer, trainable(model, name))
     made = Run(model, name, hub_of(model).values["methods"][name], total_steps)
     if other is not None:
         made.others = lambda at: itertools.islice(itertools.cycle(other), at, None)
     if optimizer is not None:
         made.bind(optimizer)
     return made
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, learning: Sequence[nn.Parameter]) -> None:
+    """Raises :class:`RunError` where the optimizer would leave some of these tensors as they are."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = sum(id(p) not in held for p in learning)
+    if missing:
+        raise RunError(f"The optimizer holds {len(learning) - missing} of the adapter's {len(learning)} trainable tensors.",
+                       "Build it after ol.adapt, from ol.param_groups(model, lr).")  # fmt: skip
 
 
 def wrapped_optimizer(run: Run, params: Iterable[Any], make: Any) -> torch.optim.Optimizer:

@@ -43,6 +43,20 @@ class Targets:
     optional: tuple[str, ...] = ()  # sites that a forward may legitimately skip
 
 
+def check_patterns(patterns: Any, name: str = "targets") -> None:
+    """Raises for what no model could match: patterns that are no text, or no regular expression."""
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        if not isinstance(pattern, str):
+            raise BadValue(f"{name} holds {pattern!r}, a {type(pattern).__name__}.", "Give patterns of layers' names as text.")
+        bare = pattern.removeprefix("block:")
+        if bare.startswith("re:"):
+            try:
+                re.compile(bare[3:])
+            except re.error as error:
+                raise TargetError(f"Pattern {pattern!r} is no regular expression: {error}.",
+                                  "Correct it; a pattern without 're:' is a suffix of the layer's path.") from error  # fmt: skip
+
+
 def targets_from(value: Targets | str | Sequence[str] | None, **changes: Any) -> Targets:
     if value is None:
         made = Targets()
@@ -56,6 +70,8 @@ def targets_from(value: Targets | str | Sequence[str] | None, **changes: Any) ->
             raise UnknownName(f"No option {key!r} of targets.", nearest(key, known))
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items() if v is not None}
     made = replace(made, **given)
+    for name in ("include", "exclude", "overrides", "unfreeze", "optional"):
+        check_patterns(getattr(made, name), "targets" if name == "include" else name)
     if made.bias not in ("none", "all", "lora_only"):
         raise BadValue(f"bias = {made.bias!r}.", "Give 'none', 'all' or 'lora_only'.")
     if made.tied not in ("embedding", "both"):
@@ -185,7 +201,8 @@ def _check_hits(model: nn.Module, targets: Targets, chosen: dict[str, tuple[Site
             raise TargetError(f"Everything that target {pattern!r} matches is excluded.", "Remove one of the two.")
         if pattern == "all-linear":
             raise TargetError("The model has no linear layer outside its head and routers.",
-                              f"Name the layers to adapt, for instance {names[:3]}.")  # fmt: skip
+                              f"Name the layers to adapt, for instance {names[:3]}." if names else
+                              "It has no layer that can be adapted; is it the model you meant?")  # fmt: skip
         leaves = {n.split(".")[-1] for n in names} | set(names)
         raise TargetError(f"Target {pattern!r} matches no layer.", nearest(pattern, leaves))
     for pattern in targets.exclude:

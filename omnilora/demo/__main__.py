@@ -123,7 +123,7 @@ def chapters(console: Console, folder: Path, seed: int, quick: bool) -> float:
     config = TrainConfig(model="package:minilm", task="classification", method="lora", hyper={"r": 8, "alpha": 16.0},
                          data=rows, eval_data=test, labels=sorted({r["label"] for r in rows}), lr=1e-3, batch_size=16,
                          steps=4 if quick else 190, max_length=96, seed=seed, dtype="fp32", log_every=30,
-                         output=str(folder / "chapters"))  # fmt: skip
+                         output=str(folder / "chapters"), overwrite=True)  # fmt: skip
     report = train(config)
     base = topics.baselines(rows, test)
     table = Table("", "accuracy", title="held-out modules")

@@ -53,16 +53,20 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     Raises:
         NeedsExtra: a package of the ``demo`` extra is missing.
     """
+    from omnilora.training.quiet import quiet, quiet_imports
+
     folder, file = smollm2()
+    quiet_imports()
     transformers = need("transformers", "demo")
     need("gguf", "demo")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=file,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-        dtype=dtype,
-        local_files_only=True,
-    )
+    with quiet(transformers):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=file,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+            dtype=dtype,
+            local_files_only=True,
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
     return model.eval(), tokenizer
 

@@ -22,12 +22,13 @@ from omnilora.core.files import read_json, read_tensors, write_folder
 from omnilora.core.full import Full
 from omnilora.core.site import called_site
 from omnilora.core.state import AdapterState, site_at
-from omnilora.errors import FileRefused, NotExpressible, OmniloraError, UnknownName, nearest
+from omnilora.errors import BadValue, FileRefused, NotExpressible, OmniloraError, UnknownName, nearest
 from omnilora.io import names, single
 from omnilora.io.lycoris import plain
 from omnilora.io.peft import from_peft, to_peft
 from omnilora.io.peft_names import PREFIX, family_of
 from omnilora.io.peft_values import targeted
+from omnilora.io.places import check_file, check_folder
 from omnilora.io.vllm import folded
 from omnilora.parameterizations.lora import LoRA
 
@@ -152,6 +153,7 @@ FORMATS: dict[str, Format] = {f.name: f for f in (
            lambda s, t: _one_file("adapter.safetensors", single.kohya(differences(s, t.model), t.part, False), s, t),
            lambda s, t: single.kohya(differences(s, t.model), t.part, False), True, False),
 )}  # fmt: skip
+ENDINGS = (".safetensors", ".gguf", ".bin", ".pt", ".json", ".jsonl", ".yaml", ".yml", ".csv", ".txt", ".md", ".zip")  # of files
 ALIASES = {"gguf": "llama.cpp", "sglang": "vllm"}
 
 
@@ -164,6 +166,7 @@ def named(name: str) -> Format:
 
 def write(state: AdapterState, path: str | os.PathLike[str], form: Format, to: Target = Target()) -> Path:
     """Write, whole or not at all: a folder, or one file where the format is one and the path has its ending."""
+    check_place(path, form)
     if form.own_names and form.name != "omnilora" and names.is_raw(state):
         if to.model is None and any("." not in n for n in state.sites):
             raise NotExpressible("The names of the layers are a file's, where dots are lost.", "Give the model.")
@@ -174,6 +177,16 @@ def write(state: AdapterState, path: str | os.PathLike[str], form: Format, to: T
     if form.single and target.suffix == Path(name).suffix:
         return write_file(target, data)
     return write_folder(target, files)
+
+
+def check_place(path: str | os.PathLike[str], form: Format) -> None:
+    """Whether a format can be written to ``path``. Raises :class:`BadValue` where its ending is another's."""
+    place = Path(path)
+    own = {"llama.cpp": ".gguf"}.get(form.name, ".safetensors") if form.single else ""
+    if place.suffix.lower() in ENDINGS and place.suffix != own and not place.is_dir():
+        wanted = f"a file that ends with {own}, or a folder" if own else "a folder"
+        raise BadValue(f"{form.name} is not written to {place.name!r}.", f"Give {wanted}.")
+    check_file(place) if own and place.suffix == own else check_folder(place)
 
 
 def undotted(state: AdapterState) -> AdapterState:

@@ -48,7 +48,20 @@ def parse_yaml(text: str, name: str) -> Any:
     except BadValue:
         raise
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise BadValue(f"{name} is no YAML: {' '.join(str(error).split())[:300]}.", "Quote texts with special characters.") from error
+        why = " ".join(str(error).replace('in "<unicode string>", ', "in ").split())[:300]
+        raise BadValue(f"{name} is no YAML: {why}.", _remedy(text, error)) from error
+
+
+def _remedy(text: str, error: Exception) -> str:
+    """What to do about a text that is no YAML."""
+    if "given twice" in str(error):
+        return "Keep one of the two."
+    mark = getattr(error, "problem_mark", None)
+    lines = text.splitlines()
+    line = lines[mark.line] if mark is not None and mark.line < len(lines) else ""
+    if "\t" in line[: len(line) - len(line.lstrip())]:
+        return "YAML takes no tabs at the beginning of a line: indent by spaces."
+    return "Quote texts with special characters."
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 import types
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omnilora.core.targets import check_patterns
 from omnilora.errors import BadValue, UnknownName, nearest, need
 from omnilora.io.yaml import read_yaml
 
@@ -20,6 +22,7 @@ OPTIMIZERS = ("adamw", "paged_adamw", "adam", "sgd", "adagrad", "rmsprop")
 SCHEDULES = ("cosine", "linear", "constant")
 METRICS = {"causal-lm": ("loss", "perplexity"), "classification": ("loss", "accuracy", "macro_f1"),
            "embedding": ("loss", "accuracy")}  # fmt: skip
+SESSION = ("stop_at", "resume", "overwrite")  # fields of one session, which a run's config.yaml does not keep
 LOWER_IS_BETTER = ("loss", "perplexity")
 
 
@@ -78,6 +81,7 @@ class TrainConfig:
     device_map: str | dict[str, Any] | None = None  # of transformers: where the layers go
     output: str | None = None  # folder of the run; None: runs/<method> for `train`, nothing written by `fit`
     resume: bool | str = False  # "auto": newest checkpoint in output, if any; or a checkpoint's folder
+    overwrite: bool = False  # replace the run that output holds
     threads: int | None = None  # CPU threads; None: torch's choice
 
     def __post_init__(self) -> None:
@@ -85,7 +89,7 @@ class TrainConfig:
         for f in dataclasses.fields(self):
             value = _coerced(getattr(self, f.name), hints[f.name])
             if not _fits(value, hints[f.name]):
-                raise BadValue(f"{f.name} = {value!r} is a {type(value).__name__}.", f"Give {f.type}.")
+                raise BadValue(f"{f.name} = {value!r} is a {type(value).__name__}.", f"Give {_wanted(hints[f.name])}.")
             object.__setattr__(self, f.name, value)
         self._ranges()
         self._relations()
@@ -95,6 +99,10 @@ class TrainConfig:
         _one_of(self, "schedule", SCHEDULES)
         _one_of(self, "optimizer", OPTIMIZERS)
         _one_of(self, "dtype", ("auto", "fp32", "bf16", "fp16"))
+        _one_of(self, "bias", (None, "none", "all", "lora_only"))
+        _one_of(self, "tied", (None, "embedding", "both"))
+        for name in ("targets", "exclude", "overrides", "unfreeze"):
+            check_patterns(getattr(self, name) or (), name)
         for name in ("batch_size", "accumulate", "keep", "log_every"):
             _least(self, name, 1)
         for name in ("steps", "stop_at", "eval_every", "save_every", "patience", "threads"):
@@ -122,6 +130,8 @@ class TrainConfig:
             raise BadValue(f"labels = {self.labels!r} repeats a label.", "Name each once.")
         if self.tokens and self.task == "embedding":
             raise BadValue("tokens are given with task = 'embedding'.", "Added tokens are learned by language models.")
+        if self.resume and self.overwrite:
+            raise BadValue(f"resume = {self.resume!r} and overwrite = True exclude each other.", "Drop one.")
         if self.stop_at is not None and self.steps is not None and self.stop_at > self.steps:
             raise BadValue(f"stop_at = {self.stop_at} is beyond steps = {self.steps}.", "Lower it.")
 
@@ -135,7 +145,7 @@ class TrainConfig:
 
     def check_output(self) -> None:
         """Fields that need a folder to write to."""
-        for name in ("save_every", "best", "resume"):
+        for name in ("save_every", "best", "resume", "overwrite"):
             if self.output is None and getattr(self, name) not in (None, False):
                 raise BadValue(f"{name} = {getattr(self, name)!r} needs output.", "Name the folder of the run.")
 
@@ -145,7 +155,7 @@ class TrainConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         for key in data:
             if key not in known:
-                raise UnknownName(f"No configuration key {str(key)[:80]!r}.", nearest(str(key)[:80], known))
+                raise UnknownName(f"No configuration key {str(key)[:80]!r}.", _remedy(data, str(key)[:80], known))
         return cls(**data)
 
     @classmethod
@@ -173,6 +183,10 @@ class TrainConfig:
             Path(path).write_text(text, encoding="utf-8")
         return text
 
+    def stored(self) -> TrainConfig:
+        """The run's configuration without what is said to one session only (:data:`SESSION`)."""
+        return self.replace(**{f.name: f.default for f in dataclasses.fields(self) if f.name in SESSION})
+
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with other values. Unknown keys raise."""
         return type(self).from_dict({**self.to_dict(), **changes})
@@ -184,6 +198,27 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+
+
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list", dict: "keys and values"}
+
+
+def _wanted(hint: Any) -> str:
+    """A field's type in words."""
+    inside = {list[str]: "a list of texts", dict[str, dict[str, Any]]: "patterns with their changed keys"}
+    named = [inside.get(o) or WORDS.get(typing.get_origin(o) or o, str(o)) for o in _options(hint) if o is not type(None)]
+    return " or ".join(dict.fromkeys(named))
+
+
+def _remedy(data: Mapping[str, Any], key: str, known: list[str]) -> str:
+    """Where an unknown key belongs: hyper-parameters of the method are given under ``hyper``."""
+    from omnilora.core.method import entries
+
+    name = data.get("method", TrainConfig.method)
+    made = entries().get(name) if isinstance(name, str) else None
+    if made is not None and key in inspect.signature(made.make).parameters:
+        return f"It is a hyper-parameter of {name}: write hyper.{key} (in a file: hyper: {{{key}: …}})."
+    return nearest(key, known)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -230,9 +265,9 @@ def _fits(value: Any, hint: Any) -> bool:
     return False
 
 
-def _one_of(config: TrainConfig, name: str, allowed: tuple[str, ...]) -> None:
+def _one_of(config: TrainConfig, name: str, allowed: tuple[str | None, ...]) -> None:
     if getattr(config, name) not in allowed:
-        raise BadValue(f"{name} = {getattr(config, name)!r}.", nearest(getattr(config, name), allowed))
+        raise BadValue(f"{name} = {getattr(config, name)!r}.", nearest(getattr(config, name), filter(None, allowed)))
 
 
 def _least(config: TrainConfig, name: str, low: float) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from omnilora.errors import BadValue, DataError, UnknownName, nearest, need
+from omnilora.io.reach import asked
 from omnilora.training.config import TrainConfig
 
 SYNONYMS: dict[str, tuple[str, ...]] = {
@@ -100,11 +101,14 @@ def _hub(source: str, split: str) -> list[Row]:
     name, *rest = source.split(":")
     if len(rest) > 2:
         raise DataError(f"{source!r} is no data set.", "Write name, name:split or name:config:split.")
+    reached = True
     try:
-        found = datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else split)
+        with asked(name, "dataset") as reached:
+            found = datasets.load_dataset(name, *rest[:-1], split=rest[-1] if rest else split)
     except Exception as error:
-        raise DataError(f"{source!r} is neither a file nor a folder, and loading it as a data set failed: "
-                        f"{' '.join(str(error).split())[:200]}.", "Check the path or the name.") from error  # fmt: skip
+        why = ("loading it as a data set failed: " + " ".join(str(error).split())[:200] if reached
+               else "the Hugging Face Hub cannot be reached")  # fmt: skip
+        raise DataError(f"{source!r} is neither a file nor a folder, and {why}.", "Check the path or the name.") from error
     return [Row(r, f"{source}, row {i}") for i, r in enumerate(found, 1)]
 
 
@@ -190,7 +194,7 @@ def text_of(row: Row, name: str) -> str:
     """A field that must be text. Raises :class:`DataError` with the row's place."""
     value = row.data.get(name)
     if not isinstance(value, str):
-        kind = "missing" if value is None else f"a {type(value).__name__}"
+        kind = f"a {type(value).__name__}" if value is not None else "null" if name in row.data else "missing"
         raise DataError(f"{row.where}: {name!r} is {kind}.", "Give text.")
     return value
 
@@ -217,6 +221,9 @@ def conversation(row: Row, config: TrainConfig) -> list[dict[str, Any]] | tuple[
     text = column(row, "text", config.text)
     if text is not None:
         return text_of(row, text)
+    empty = [n for role in ("messages", "prompt", "completion", "text") for n in SYNONYMS[role] if n in row.data and row.data[n] is None]
+    if empty:
+        raise DataError(f"{row.where}: {empty[0]!r} is null.", "Give text, or drop the row.")
     raise DataError(f"{row.where}: fields {sorted(map(str, row.data))} are no known shape.",
                     "Give messages, prompt and completion, or text; or name the columns.")  # fmt: skip
 

@@ -87,6 +87,39 @@ def encode(rows: Sequence[Row], tokenizer: Any, config: TrainConfig, length: int
     return Encoded([e for e, _ in made], cut)
 
 
+def check_rows(rows: Sequence[Row], config: TrainConfig, labels: Sequence[Any] | None = None) -> None:
+    """The shapes of all rows, as far as they can be judged without a tokenizer. Raises what :func:`encode` would."""
+    for row in rows:
+        if config.task == "causal-lm":
+            conversation(row, config)
+        elif config.task == "classification":
+            _text(row, config)
+            label_index(row, config, labels or ())
+        else:
+            _two_texts(row, config)
+
+
+def _text(row: Row, config: TrainConfig) -> str:
+    name = column(row, "text", config.text)
+    if name is None:
+        raise DataError(f"{row.where}: no text among {sorted(map(str, row.data))}.", "Name its column: text = ….")
+    return text_of(row, name)
+
+
+def _two_texts(row: Row, config: TrainConfig) -> tuple[list[str], float | None]:
+    """The two texts of a pair, and its score."""
+    names = [column(row, "anchor", config.prompt), column(row, "positive", config.completion)]
+    if None in names or names[0] == names[1]:
+        raise DataError(f"{row.where}: no pair among {sorted(map(str, row.data))}.", 'Give "anchor" and "positive".')
+    texts = [text_of(row, n) for n in names if n]
+    score = column(row, "score", config.label)
+    value = None if score is None else row.data[score]
+    try:
+        return texts, None if value is None else float(value)
+    except (TypeError, ValueError):
+        raise DataError(f"{row.where}: the score is {value!r}.", "Give a number.") from None
+
+
 def ids_of(tokenizer: Any, text: str, special: bool = False) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
@@ -182,11 +215,9 @@ def _language(row: Row, tokenizer: Any, config: TrainConfig, template: str, leng
 
 def _classified(row: Row, tokenizer: Any, config: TrainConfig, length: int,
                 labels: Sequence[Any]) -> tuple[Example, bool]:  # fmt: skip
-    name = column(row, "text", config.text)
-    if name is None:
-        raise DataError(f"{row.where}: no text among {sorted(map(str, row.data))}.", "Name its column: text = ….")
-    ids = ids_of(tokenizer, text_of(row, name), special=True)
-    kept = _cut(tokenizer, row.data[name], ids, length)
+    text = _text(row, config)
+    ids = ids_of(tokenizer, text, special=True)
+    kept = _cut(tokenizer, text, ids, length)
     if not kept:
         raise DataError(f"{row.where}: the text is empty.", "Give at least one token.")
     return Example(kept, target=label_index(row, config, labels)), len(ids) > length
@@ -198,17 +229,9 @@ def _cut(tokenizer: Any, text: str, ids: list[int], length: int) -> list[int]:
 
 
 def _pair(row: Row, tokenizer: Any, config: TrainConfig, length: int) -> tuple[Example, bool]:
-    names = [column(row, "anchor", config.prompt), column(row, "positive", config.completion)]
-    if None in names or names[0] == names[1]:
-        raise DataError(f"{row.where}: no pair among {sorted(map(str, row.data))}.", 'Give "anchor" and "positive".')
-    sides = [ids_of(tokenizer, text_of(row, n), special=True) for n in names if n]
-    kept = [_cut(tokenizer, row.data[n], s, length) for s, n in zip(sides, names)]
+    texts, target = _two_texts(row, config)
+    sides = [ids_of(tokenizer, text, special=True) for text in texts]
+    kept = [_cut(tokenizer, text, s, length) for s, text in zip(sides, texts)]
     if not all(kept):
         raise DataError(f"{row.where}: a text of the pair is empty.", "Give at least one token.")
-    score = column(row, "score", config.label)
-    value = None if score is None else row.data[score]
-    try:
-        target = None if value is None else float(value)
-    except (TypeError, ValueError):
-        raise DataError(f"{row.where}: the score is {value!r}.", "Give a number.") from None
     return Example(kept[0], other=kept[1], target=target), any(len(s) > length for s in sides)

@@ -20,14 +20,16 @@ from omnilora.core.method import Method, method, prepare
 from omnilora.core.run import _the_adapter
 from omnilora.core.targets import targets_from
 from omnilora.errors import AttachError, BadValue, need
+from omnilora.training import folder
 from omnilora.training.batches import Collate, Feed, pack, to_device, two_parts
 from omnilora.training.config import TrainConfig
 from omnilora.training.data import Row, hold_out, label_set, read_rows
-from omnilora.training.encode import encode, room, set_template
+from omnilora.training.encode import check_rows, encode, room, set_template
 from omnilora.training.loop import Loop, learning_rate
 from omnilora.training.losses import Custom, OwnLoss, Task, block_mask, packing_mode, task_of
 from omnilora.training.memory import kept_blocks
 from omnilora.training.models import Loaded, load_parts, remember, targets_for
+from omnilora.training.quiet import quiet_imports
 from omnilora.training.report import FitReport
 
 Loss = Callable[[nn.Module, Any], Any]
@@ -60,12 +62,14 @@ def fit(
 
     Returns: a :class:`FitReport`. Nothing is written unless ``output`` is given.
     """
-    if find_hub(model) is None:
+    if not isinstance(model, nn.Module) or find_hub(model) is None:
         raise AttachError(f"{type(model).__name__} has no adapter.", "Call ol.adapt(model, method) first.")
     config = (config or TrainConfig()).replace(**options) if options or config is None else config
     eval_data = config.eval_data if eval_data is None else eval_data
+    quiet_imports()
     config.check_evaluation(eval_data is not None)
     config.check_output()
+    folder.check(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if tokenizer is None:
@@ -108,7 +112,8 @@ def _labels(model: Any, rows: list[Row], config: TrainConfig) -> list[Any]:
 
 
 def _fit_rows(model: Any, tokenizer: Any, rows: list[Row], held: list[Row] | None, labels: list[Any] | None,
-              config: TrainConfig, adapter: str | None, loss: Loss | None = None) -> FitReport:  # fmt: skip
+              config: TrainConfig, adapter: str | None, loss: Loss | None = None,
+              began: Callable[[], Any] | None = None) -> FitReport:  # fmt: skip
     length = room(model.config, config)
     made = encode(rows, tokenizer, config, length, labels)
     seen = None if held is None else encode(held, tokenizer, config, length, labels)
@@ -119,7 +124,7 @@ def _fit_rows(model: Any, tokenizer: Any, rows: list[Row], held: list[Row] | Non
         if packing_mode(model, len(tokenizer)) == "blocks":
             collate = _Blocks(tokenizer.pad_token_id, model.dtype)
         examples = pack(examples, length)
-    report = _run(model, examples, None if seen is None else seen.examples, collate, task, config, adapter)
+    report = _run(model, examples, None if seen is None else seen.examples, collate, task, config, adapter, began)
     report.truncated = made.truncated
     return report
 
@@ -139,7 +144,7 @@ class _Blocks(Collate):
 
 
 def _run(model: nn.Module, data: Any, eval_data: Any, collate: Any, task: Task, config: TrainConfig,
-         adapter: str | None) -> FitReport:  # fmt: skip
+         adapter: str | None, began: Callable[[], Any] | None = None) -> FitReport:  # fmt: skip
     def feed(rank: int, world: int) -> Feed:
         return Feed(data, collate, config.batch_size, config.seed, config.workers, rank, world)
 
@@ -156,7 +161,7 @@ def _run(model: nn.Module, data: Any, eval_data: Any, collate: Any, task: Task, 
     if isinstance(data, DataLoader) and config.batch_size != TrainConfig.batch_size:
         warnings.warn("batch_size is that of the DataLoader.", stacklevel=3)
     with kept_blocks():
-        return Loop(model, feed, task, config, adapter, held, second).go()
+        return Loop(model, feed, task, config, adapter, held, second, began).go()
 
 
 def _set_apart(data: Any, share: float, config: TrainConfig) -> tuple[Any, Any]:
@@ -175,14 +180,15 @@ def train(config: TrainConfig) -> FitReport:
 
     Everything that can be checked without the model is checked before it is loaded.
     """
-    return trained(config.replace(output=config.output or f"runs/{config.method}"))[1]
+    return trained(config.replace(output=config.output or f"runs/{config.method}"), say=True)[1]
 
 
-def trained(config: TrainConfig, rate: float = 1.0) -> tuple[Loaded, FitReport, TrainConfig]:
+def trained(config: TrainConfig, rate: float = 1.0, say: bool = False) -> tuple[Loaded, FitReport, TrainConfig]:
     """A whole run: (the trained model with its tokenizer, the report, the configuration with nothing left open).
 
     Args:
         rate: a factor on the learning rate.
+        say: a line on stderr before the model is loaded.
 
     Without ``config.output`` nothing is written.
     """
@@ -191,11 +197,14 @@ def trained(config: TrainConfig, rate: float = 1.0) -> tuple[Loaded, FitReport, 
         raise BadValue("data is not given.", "Give a file, a folder or a Hub name.")
     config.check_evaluation(config.eval_data is not None)
     config.check_output()
+    folder.check(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     rows, held = _rows(config.data, config.eval_data, config)
     labels = label_set(rows, config) if config.task == "classification" else None
-    parts = load_parts(config, labels)
+    for each in (rows, held or ()):
+        check_rows(each, config, labels)
+    parts = load_parts(config, labels, say)
     length = room(parts.model.config, config)
     template = config.template if config.task != "causal-lm" else _template(parts, config)
     config = config.replace(labels=labels, max_length=length, template=template,
@@ -207,12 +216,12 @@ def trained(config: TrainConfig, rate: float = 1.0) -> tuple[Loaded, FitReport, 
     home = None if config.output is None else Path(config.output)
     on_cpu = next(parts.model.parameters()).device.type == "cpu"
     process = need("accelerate", "train").PartialState(cpu=on_cpu)
+    written = config.stored()
+    report = _fit_rows(parts.model, parts.tokenizer, rows, held, labels, config, "default",
+                       began=None if home is None else lambda: written.to_yaml(home / folder.CONFIG))  # fmt: skip
     if process.is_main_process and home is not None:
-        config.to_yaml(home / "config.yaml")
-    report = _fit_rows(parts.model, parts.tokenizer, rows, held, labels, config, "default")
-    if process.is_main_process and home is not None:
-        save(parts.model, home / "adapter", "default")
-        report.write(home / "report.json")
+        save(parts.model, home / folder.ADAPTER, "default")
+        report.write(home / folder.REPORT)
     process.wait_for_everyone()
     return parts, report, config
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from omnilora.core.method import Method
 from omnilora.core.run import Run, _the_adapter, param_groups, start, trainable, wrapped_optimizer
 from omnilora.errors import BadValue, FileRefused, RunError, UnknownName, nearest, need
 from omnilora.optim.paged import PagedAdamW
-from omnilora.training import checkpoint
+from omnilora.training import checkpoint, folder
 from omnilora.training.batches import Feed, to_device, token_count
 from omnilora.training.config import LOWER_IS_BETTER, TrainConfig
 from omnilora.training.losses import Task, evaluate_feed, quiet_norms
@@ -57,15 +58,22 @@ def freeze_others(model: nn.Module, adapter: str) -> list[nn.Parameter]:
     return list(others.values())
 
 
+def _plain(hyper: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters whose equality can be judged from a file."""
+    return {k: v for k, v in hyper.items() if v is None or isinstance(v, (bool, int, float, str))}
+
+
 class Loop:
     """One run of one adapter. ``feed`` gives the micro-batches of this process."""
 
     def __init__(self, model: nn.Module, feed: Any, task: Task, config: TrainConfig, adapter: str | None = None,
-                 eval_feed: Feed | None = None, other: Any = None) -> None:  # fmt: skip
-        self.other = other
+                 eval_feed: Feed | None = None, other: Any = None, began: Callable[[], Any] | None = None) -> None:  # fmt: skip
+        """``began``: called by the main process once nothing can refuse the run any more."""
+        self.other, self.began = other, began
         self.model, self.task, self.config, self.eval_feed = model, task, config, eval_feed
         self.adapter = _the_adapter(model, adapter)
-        self.lr = learning_rate(model, config, hub_of(model).values["methods"][self.adapter].rate)
+        self.method: Method = hub_of(model).values["methods"][self.adapter]
+        self.lr = learning_rate(model, config, self.method.rate)
         self.device = next(model.parameters()).device
         self.accelerator = make_accelerator(config.trackers, config.output, self.device.type == "cpu")
         self.world = self.accelerator.num_processes
@@ -75,10 +83,11 @@ class Loop:
         self.total = config.steps or max(1, math.ceil(config.epochs * self.per_epoch))
         self.end = min(self.total, config.stop_at or self.total)
         self.eval_every = config.eval_every or max(1, self.total // 5)
-        self.home = None if config.output is None else Path(config.output) / "checkpoints"
+        self.output = None if config.output is None else Path(config.output)
+        self.home = None if self.output is None else self.output / folder.CHECKPOINTS
         self.report = FitReport(total_steps=self.total, output=config.output,
                                 trainable=sum(p.numel() for p in trainable(model, self.adapter)),
-                                method=hub_of(model).values["methods"][self.adapter].key)  # fmt: skip
+                                method=self.method.key)  # fmt: skip
         self.times: list[float] = []
         self.at_epoch = self.at_batch = self.bad = 0
         self.epoch_random: dict[str, Any] | None = None
@@ -96,17 +105,25 @@ class Loop:
             with self.task.prepared(self.model, run.rules):
                 self.feed.grouped = self.world > 1 or not self.task.joins
                 spent, resumed = self._resume(run)
+                self._begin(resumed is not None)
                 alone = self.world == 1 or any(r.own_gradients for r in run.rules)
                 wrapped = self.model if alone else self.accelerator.prepare_model(self.model)
                 if self.config.trackers:
                     self.accelerator.init_trackers("omnilora", config=flat(self.config.to_dict()))
                 shown = Progress(self.total, run.step, self.config.log_every, self.main)
+                if self.end <= run.step < self.total and self.report.stopped == "done":
+                    shown.note(f"stop_at = {self.end} is reached already (step {run.step}): nothing is left to train. "
+                               "Raise it, or leave it out.")  # fmt: skip
                 if resumed is None and self.eval_feed is not None:
                     self._evaluate(run, shown, spent, began)
                 self._epochs(run, wrapped, shown, spent, began, resumed)
                 self.report.declined = self.task.declined()
             self._save(run, spent + time.monotonic() - began)
             self._finish(run)
+        except KeyboardInterrupt as stop:
+            for line in folder.interrupted(self.output, run.step):
+                stop.add_note(line)
+            raise
         finally:
             if shown is not None:
                 shown.close()
@@ -152,7 +169,8 @@ class Loop:
             there = checkpoint.found(self.home) if self.home is not None else []
             path = there[-1] if there else None
             if path is None and wanted is True:
-                raise BadValue(f"resume = True, but {self.home} holds no checkpoint.", "Pass resume = 'auto' or False.")
+                assert self.output is not None
+                raise folder.nothing_to_resume(self.output)
         elif wanted:
             path = Path(str(wanted))
         if path is None:
@@ -175,13 +193,19 @@ class Loop:
             self.report.stopped = "patience"
         return progress["seconds"], randoms[self.accelerator.process_index]
 
+    def _begin(self, resumed: bool) -> None:
+        if self.main and self.output is not None:
+            folder.begin(self.config, resumed)
+            if self.began is not None:
+                self.began()
+
     def _fixed(self) -> dict[str, Any]:
         """What must be equal for a resumed run to be the same run."""
         c = self.config
         return {"batches": len(self.feed), "batch_size": c.batch_size, "accumulate": c.accumulate, "seed": c.seed,
                 "total": self.total, "world": self.world, "schedule": c.schedule, "warmup": c.warmup, "clip": c.clip,
                 "lr": self.lr, "weight_decay": c.weight_decay, "packing": c.packing,
-                "grouped": self.feed.grouped}  # fmt: skip
+                "grouped": self.feed.grouped, "method": self.report.method, "hyper": _plain(self.method.hyper)}  # fmt: skip
 
     # -- updates ---------------------------------------------------------------------------------------------------
 
@@ -256,7 +280,7 @@ class Loop:
         self.times.append(time.perf_counter() - began)
         self.report.losses.append(value)
         self.report.tokens += tokens
-        rate = optimizer.param_groups[0]["lr"]
+        rate = run.rate
         shown.update(run.step, value, rate, tokens)
         if self.config.trackers:
             self.accelerator.log({"loss": value, "lr": rate}, step=run.step)

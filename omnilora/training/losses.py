@@ -236,10 +236,13 @@ class OwnLoss(Custom):
 
     @staticmethod
     def _own(model: nn.Module, batch: Any) -> Any:
+        if not isinstance(batch, (Mapping, Tensor)):
+            raise BadValue(f"Without a tokenizer and without loss= a batch must be what the model takes; it is a "
+                           f"{type(batch).__name__}.", "Pass loss= a function of (model, batch).")  # fmt: skip
         outputs = model(**batch) if isinstance(batch, Mapping) else model(batch)
         value = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
         if value is None:
-            raise BadValue(f"{type(model).__name__} returned no loss.", "Pass loss = a function of (model, batch).")
+            raise BadValue(f"{type(model).__name__} returned no loss.", "Pass loss= a function of (model, batch).")
         return value, outputs
 
 

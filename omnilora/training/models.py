@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ from omnilora.core.attach import hub_of
 from omnilora.core.full import Full
 from omnilora.core.targets import own_sites
 from omnilora.errors import BadValue, FileRefused, NeedsExtra, OmniloraError, UnknownName, nearest, need
+from omnilora.io.reach import asked_for_model
 from omnilora.plans.native import computes_bf16
 from omnilora.training.config import TrainConfig
+from omnilora.training.quiet import quiet, quiet_imports
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKAGES = {"smollm2": "smollm2", "minilm": "minilm"}
@@ -59,24 +60,29 @@ def dtype_of(name: str, device: str | torch.device = "cpu") -> torch.dtype:
     return torch.bfloat16 if computes_bf16() else torch.float32
 
 
-def load_model(config: TrainConfig, labels: Sequence[Any] | None = None) -> tuple[Any, Any]:
+def load_model(config: TrainConfig, labels: Sequence[Any] | None = None, say: bool = False) -> tuple[Any, Any]:
     """(model, tokenizer) of a configuration, in eval mode. See :func:`load_parts` for what else there is to know."""
-    parts = load_parts(config, labels)
+    parts = load_parts(config, labels, say)
     return parts.model, parts.tokenizer
 
 
-def load_parts(config: TrainConfig, labels: Sequence[Any] | None = None) -> Loaded:
+def load_parts(config: TrainConfig, labels: Sequence[Any] | None = None, say: bool = False) -> Loaded:
     """Load what ``config.model`` names, for ``config.task``.
 
     Args:
         labels: the classes, in order; needed for classification.
+        say: a line on stderr before it begins.
 
     Raises:
         BadValue, FileRefused: there is no such model, or it does not do the task.
+        HubError: the name is of the Hub, which cannot be reached.
         NeedsExtra: a package is missing.
     """
-    transformers = need("transformers", "train")
     source, options = _source(config.model)
+    if say:
+        print(f"loading {config.model} …", file=sys.stderr, flush=True)
+    quiet_imports()
+    transformers = need("transformers", "train")
     auto = {"causal-lm": transformers.AutoModelForCausalLM, "embedding": transformers.AutoModel,
             "classification": transformers.AutoModelForSequenceClassification}[config.task]  # fmt: skip
     chosen = labels if labels is not None else config.labels
@@ -91,11 +97,11 @@ def load_parts(config: TrainConfig, labels: Sequence[Any] | None = None) -> Load
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
     try:
-        with _quiet(transformers.utils.logging):
+        with quiet(transformers), asked_for_model(source, "local_files_only" in options):
             model, info = auto.from_pretrained(source, dtype=dtype_of(config.dtype, device), output_loading_info=True,
                                                **_gguf(options, transformers))  # fmt: skip
-        given = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **given)
+            given = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **given)
     except OmniloraError:
         raise
     except (OSError, ValueError, KeyError) as error:
@@ -134,7 +140,7 @@ def _source(name: str) -> tuple[str, dict[str, Any]]:
         path = Path(name)
         if not path.is_file():
             raise BadValue(f"model = {name!r} does not exist.", "Give an existing .gguf file.")
-        return str(path.parent), {"gguf_file": path.name}
+        return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
     path = Path(name).expanduser()
     if path.is_dir():
         pickles = [p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
@@ -152,21 +158,6 @@ def _gguf(options: dict[str, Any], transformers: Any) -> dict[str, Any]:
         return options
     need("gguf", "train")
     return {**options, "quantization_config": transformers.GgufConfig(dequantize=True)}
-
-
-@contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """No report on a head that is expected to be new, no bars of loading where nobody sees them move."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _fresh(model: nn.Module, missing: Sequence[str], config: TrainConfig) -> list[str]:

@@ -104,13 +104,18 @@ class Progress:
         text = f"loss {loss:.4f}  lr {lr:.2e}  {self.tokens / spent:,.0f} tokens/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, description=text)
-        elif step % self.every == 0 or step == self.total:
+        elif step % self.every == 0 or step in (self.first + 1, self.total):
             left = spent / max(step - self.first, 1) * (self.total - step)
             self.say(f"step {step}/{self.total}  {text}  {left:,.0f} s left")
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         if self.show:
             self.say(f"step {step}/{self.total}  eval " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+    def note(self, text: str) -> None:
+        """A line for the reader, whatever ``log_every`` is."""
+        if self.show:
+            self.say(text)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
