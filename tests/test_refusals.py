@@ -249,3 +249,9 @@ def test_errors_hold_nothing_but_what_was_asked_for(tmp_path):
 def test_help_of_train_names_the_keys():
     text = call("train", "--help").stdout
     assert all(word in text for word in ("stop_at", "overrides", "--overwrite", "TrainConfig().to_yaml()"))
+
+
+@pytest.mark.parametrize("call", [lambda: ol.adapt({}, ol.method("lora")), lambda: ol.adapters([])])
+def test_what_is_no_module(call):
+    with pytest.raises(BadValue, match=r"Give a torch\.nn\.Module"):
+        call()

@@ -38,6 +38,8 @@ def hub_of(model: nn.Module) -> Hub:
 
 
 def find_hub(model: nn.Module) -> Hub | None:
+    if not isinstance(model, nn.Module):
+        raise BadValue(f"The model is a {type(model).__name__}.", "Give a torch.nn.Module.")
     found = vars(model).get("_omnilora")
     if found is not None:
         return found
