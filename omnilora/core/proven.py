@@ -8,7 +8,6 @@ version. Anything else, and any adapter with nested, shared or foreign tensors, 
 
 from __future__ import annotations
 
-import copy
 import gc
 import os
 import time
@@ -104,7 +103,7 @@ def remember(hub: Hub, model: nn.Module, key: tuple[Any, ...], seen: tuple[Stamp
     while len(kept) >= KEPT:
         kept.pop(next(iter(kept)))
     kept[key] = Proven(weakref.ref(model), seen, row.path, row.begin, row.size - row.begin, tuple(parts), hub.values["methods"][name],
-                       name in hub.needs_run, copy.deepcopy(hub.values.get("extra", {}).get(name, {})), dict(report))  # fmt: skip
+                       name in hub.needs_run, copied(hub.values.get("extra", {}).get(name, {})), dict(report))  # fmt: skip
 
 
 def _part(slot: Slot, places: Mapping[int, tuple[nn.Module, str]], row: Row) -> Part | None:
@@ -125,7 +124,7 @@ def _part(slot: Slot, places: Mapping[int, tuple[nn.Module, str]], row: Row) -> 
     parent, child = places[id(site.layer)]
     weight = store.parameter
     pattern = {k: v for k, v in vars(slot).items() if not k.startswith("_") and k not in ("adapter", "training")}
-    pattern |= {"roles": dict(slot.roles), "marks": copy.deepcopy(slot.marks)}
+    pattern |= {"roles": dict(slot.roles), "marks": copied(slot.marks)}
     return Part(site, parent, child, weight, (weight.data_ptr(), weight._version), pattern, tuple(tensors))
 
 
@@ -155,7 +154,7 @@ def again(model: nn.Module, hub: Hub, key: tuple[Any, ...], folder: Path, name: 
         hub.values.setdefault("methods", {})[name] = found.method
         hub.values["planned"] = list(dict.fromkeys([*hub.values.get("planned", ()), *(p.site.name for p in found.parts)]))
         if found.extra:
-            hub.values.setdefault("extra", {})[name] = copy.deepcopy(found.extra)
+            hub.values.setdefault("extra", {})[name] = copied(found.extra)
         if found.needs_run:
             hub.needs_run[name] = found.method.key
     activate(model, name)
@@ -204,11 +203,18 @@ def _read(known: Proven) -> Lease | None:
     return memory if same else None
 
 
+def copied(value: Any) -> Any:
+    """Plain data (what marks and extras are: they go into JSON) that shares no list or mapping with the original."""
+    if isinstance(value, dict):
+        return {k: copied(v) for k, v in value.items()}
+    return [copied(v) for v in value] if isinstance(value, list) else value
+
+
 def _slot(part: Part, name: str, data: Lease, training: bool) -> Slot:
     pattern = part.pattern
     slot = blank(Slot)
     slot.__dict__.update(pattern)
-    slot.__dict__.update(adapter=name, roles=dict(pattern["roles"]), shared={}, marks=copy.deepcopy(pattern["marks"]),
+    slot.__dict__.update(adapter=name, roles=dict(pattern["roles"]), shared={}, marks=copied(pattern["marks"]),
                          training=training)  # fmt: skip
     for tensor, learns, at, count, shape in part.tensors:
         value = torch.frombuffer(data, dtype=torch.float32, count=count, offset=at).view(shape)
