@@ -221,13 +221,6 @@ def test_a_closed_pipe_is_quiet(args):
     assert done.returncode == common.CLOSED and done.stderr == ""
 
 
-def test_list_fits_columns(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    assert max(map(common.width, call("list").stdout.splitlines())) <= 80
-    monkeypatch.delenv("COLUMNS")
-    assert max(map(common.width, call("list").stdout.splitlines())) > 80
-
-
 def test_errors_hold_nothing_but_what_was_asked_for(tmp_path):
     """A model is loaded and saved: stderr says that it is loaded, and nothing else."""
     home = tmp_path / "model"

@@ -175,7 +175,8 @@ def test_inference_mode(tmp_path, key):
 @pytest.mark.skipif(native.library() is None, reason=native.reason())
 def test_libraries_leave_the_float_mode_alone():
     """Linked with -ffast-math, a library would flush denormals to zero in every thread that loads it."""
-    code = ("import torch\nfrom omnilora.plans import native\nassert native.library() and native.library('ragged')\n"
+    code = ("import torch\nfrom omnilora.plans import native\n"
+            "assert native.library() and native.library('ragged'), native.reason() + native.reason('ragged')\n"
             "assert float(torch.tensor(1e-39) * 1.0) > 0 and 1e-309 * float(torch.ones(1)) > 0")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

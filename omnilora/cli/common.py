@@ -67,10 +67,10 @@ def quiet_stdout(on: bool) -> Iterator[None]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[int] = ()) -> str:
-    """Aligned columns; folded to the width of a terminal (or COLUMNS), as wide as they need to be elsewhere."""
+    """Aligned columns; folded to the width of a terminal, as wide as they need to be elsewhere."""
     cells = [[str(c).split("\n") for c in row] for row in (header, *rows)]
     widths = [max(width(line) for row in cells for line in row[i]) for i in range(len(header))]
-    if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit():
+    if sys.stdout.isatty():
         _narrow(widths, shutil.get_terminal_size().columns - GAP * (len(header) - 1))
         cells = [[[part for line in cell for part in _folded(line, widths[i])] for i, cell in enumerate(row)] for row in cells]
     numbers, out = set(right), []
