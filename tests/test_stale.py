@@ -173,6 +173,14 @@ def test_inference_mode(tmp_path, key):
 
 
 @pytest.mark.skipif(native.library() is None, reason=native.reason())
+def test_a_compiler_of_c_is_not_taken_for_one_of_c_plus_plus(monkeypatch):
+    monkeypatch.setenv("CXX", "gcc")
+    assert native._compiler() == (shutil.which("g++") or shutil.which("clang++"))
+    monkeypatch.setenv("CXX", "/opt/bin/clang++-19")
+    assert native._compiler() == "/opt/bin/clang++-19"
+
+
+@pytest.mark.skipif(native.library() is None, reason=native.reason())
 def test_libraries_leave_the_float_mode_alone():
     """Linked with -ffast-math, a library would flush denormals to zero in every thread that loads it."""
     code = ("import torch\nfrom omnilora.plans import native\n"

@@ -51,6 +51,12 @@ def computes_bf16() -> bool:
     return bool(set(_processor().split()) & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
+def _compiler() -> str | None:
+    """``CXX`` where it names a compiler of C++: some libraries set it to one of C, which links without C++'s runtime."""
+    chosen = os.environ.get("CXX", "")
+    return chosen if "++" in Path(chosen).name else shutil.which("g++") or shutil.which("clang++")
+
+
 def _openmp(compiler: str) -> list[str]:
     """torch's own OpenMP runtime where it brings GNU's: two runtimes in a process would fight for its processors."""
     found = sorted(Path(torch.__file__).with_name("lib").glob("libgomp*.so*")) if "g++" in Path(compiler).name else []
@@ -62,7 +68,7 @@ def _build(source: str) -> Path:
         raise Unavailable("OMNILORA_NATIVE=0")
     if not sys.platform.startswith("linux"):
         raise Unavailable(f"not built on {sys.platform}")
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiler = _compiler()
     if compiler is None:
         raise Unavailable("no C++ compiler")
     code = Path(__file__).with_name(f"{source}.cpp")
