@@ -31,12 +31,7 @@ TEXTS = [{"text": f"{'good fine' if i % 2 else 'awful bad'} film {WORDS[8 + i % 
 PLAIN = Method("plain", LoRA(r=4))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

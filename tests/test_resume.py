@@ -27,12 +27,7 @@ ROWS = [{"prompt": f"what is {a} plus {b}" + " good" * i, "completion": NUMBERS[
         for i, a in enumerate(NUMBERS[:5]) for j, b in enumerate(NUMBERS[:5])]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Noisy(Rule):

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from test_data import tiny_llama, tiny_tokenizer
-from test_fit import ROWS
+import transformers
 from typer.testing import CliRunner
 
 import omnilora as ol
@@ -20,21 +20,13 @@ from omnilora.training import folder
 from omnilora.training.config import TrainConfig
 from omnilora.training.fit import train
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROWS = [{"prompt": tiny.text(4, i), "completion": " " + tiny.text(3, i % 4)} for i in range(8)]
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    home = tmp_path_factory.mktemp("llama")
-    tiny_llama().save_pretrained(home)
-    tiny_tokenizer().save_pretrained(home)
-    return str(home)
+    return str(tiny.llama(tmp_path_factory.mktemp("llama")))
 
 
 def config(llama, output, **changes):
@@ -81,11 +73,11 @@ def test_a_run_is_not_replaced_unasked(llama, tmp_path):
         config(llama, tmp_path / "run", overwrite=True, resume=True)
 
 
-def test_fit_does_not_replace_checkpoints_unasked(tmp_path):
+def test_fit_does_not_replace_checkpoints_unasked(llama, tmp_path):
     def go(**options):
-        model = tiny_llama()
+        model = transformers.LlamaForCausalLM.from_pretrained(llama, dtype=torch.float32)
         ol.adapt(model, Method("plain", LoRA(r=2)))
-        return ol.fit(model, ROWS, tokenizer=tiny_tokenizer(), steps=2, batch_size=2, output=str(tmp_path), **options)
+        return ol.fit(model, ROWS, tokenizer=tiny.tokenizer(), steps=2, batch_size=2, output=str(tmp_path), **options)
 
     go()
     with pytest.raises(BadValue, match=r"holds a run already \(checkpoints\)"):

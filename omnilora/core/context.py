@@ -243,10 +243,11 @@ def row_groups(
         at = tuple(zip(groups, torch.argsort(of_token, stable=True).split(count)))
     made = RowGroups(at, gates, member, len(rows), segments, repeat, batch_dim)
     if key is not None:
-        kept = _kept(hub)
-        kept[key] = made
-        if len(kept) > KEPT:
-            kept.pop(next(iter(kept)), None)
+        with hub.changing:
+            kept = _kept(hub)
+            kept[key] = made
+            if len(kept) > KEPT:
+                del kept[next(iter(kept))]
     return made
 
 

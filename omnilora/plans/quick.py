@@ -69,17 +69,14 @@ def _made(layer: Any, mine: Adapters) -> Quick | None:
         return None
     active, epoch, local, dtype = hub.active, hub.epoch, hub.local, layer.weight.dtype
     scales = [(s, s.scale, s.how, s.training) for s, _ in pairs]
-    grad, auto = torch.is_grad_enabled, torch.is_autocast_enabled
-    watched, forward_ad = executor.watched, torch.autograd.forward_ad
-    me = id(mine)
+    grad, me = torch.is_grad_enabled, id(mine)
 
     def quick(x: Tensor) -> Any:
         if hub.epoch != epoch or hub.active is not active:
             return NotImplemented
         if hub.merged or local.context is not EMPTY or grad():
             return None
-        if (type(x) is not Tensor or x.dtype is not dtype or watched() or forward_ad._current_level >= 0 or not executor.serves()
-                or auto("cpu" if x.is_cpu else x.device.type)):  # fmt: skip
+        if not executor.plain(x) or x.dtype is not dtype:
             return None
         for slot, scale, how, training in scales:
             if slot.scale != scale or slot.how is not how or slot.training is not training:

@@ -30,7 +30,7 @@ from omnilora.core.parameterization import Slot
 from omnilora.core.site import Base
 from omnilora.errors import OmniloraError
 from omnilora.plans import steps
-from omnilora.plans.executor import plain, serves, watched
+from omnilora.plans.executor import plain
 from omnilora.plans.normal import Low, lower
 from omnilora.plans.ragged import Job, few, function
 from omnilora.plans.seen import Seen
@@ -356,14 +356,13 @@ def _small(batch: Batch, mine: Adapters, plan: Plan, per: int, shape: torch.Size
     """Few tokens of the same shape as before: the native call and the checks that it needs."""
     hub, (epoch, written, taken) = mine.hub, batch.mark
     native, job, dtype = plan.call, batch.job(plan, per), plan.dtype
-    grad, auto = torch.is_grad_enabled, torch.is_autocast_enabled
-    forward_ad = torch.autograd.forward_ad
 
     def call(layer: Any, forward: Callable[..., Any], x: Any) -> Any:
-        if hub.epoch != epoch or hub.written != written or steps.taken() != taken or grad() or layer.training or mine.inner is not None:
+        if hub.epoch != epoch or hub.written != written or steps.taken() != taken or torch.is_grad_enabled():
             return NotImplemented
-        if (type(x) is not Tensor or x.shape != shape or x.dtype is not dtype or not x.is_cpu or not x.is_contiguous() or auto("cpu")
-                or watched() or forward_ad._current_level >= 0 or not serves() or not plan.fresh()):  # fmt: skip
+        if layer.training or mine.inner is not None or not plain(x):
+            return NotImplemented
+        if x.shape != shape or x.dtype is not dtype or not x.is_cpu or not x.is_contiguous() or not plan.fresh():
             return NotImplemented
         y = forward(x)
         if type(y) is Tensor and y.dtype is dtype and y.is_contiguous() and y.data_ptr() != x.data_ptr():
