@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import omnilora.plans.cross_entropy as module
 from omnilora.errors import BadValue, RunError
 from omnilora.plans.cross_entropy import MASKED, cross_entropy, plain_cross_entropy
 
@@ -73,6 +74,38 @@ def test_half_precision_sums_in_fp32():
     p = torch.softmax(z, -1) - torch.nn.functional.one_hot(labels.clamp_min(0).flatten(), V)
     exact = (p * (labels.flatten() != MASKED)[:, None]) @ weight.double()
     assert got.dtype == torch.bfloat16 and apart(got.double().flatten(0, 1), exact) < 5e-3
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.25}])
+def test_kernels_give_what_torch_gives(dtype, tolerance, options, monkeypatch):
+    hidden, weight, labels, bias = case(dtype, bias=True)
+    hidden.requires_grad_()
+    found = []
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr(module, "serves", lambda *tensors: False)
+        loss = cross_entropy(hidden, weight, labels, bias, chunk=7, **options)
+        found.append((loss.detach(), torch.autograd.grad(loss, hidden)[0].float()))
+    (loss, slope), (loss_, slope_) = found
+    assert apart(loss, loss_) < 1e-6 and apart(slope, slope_) < tolerance  # bf16: the slope is rounded before the product
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_not_hidden(bad):
+    hidden, weight, labels, _ = case()
+    hidden[0, 0, 0], labels[0, 0] = bad, 1
+    loss = cross_entropy(hidden.requires_grad_(), weight, labels)
+    loss.backward()
+    assert not torch.isfinite(loss) and torch.isnan(hidden.grad[0, 0]).any() and torch.isfinite(hidden.grad[1:]).all()
+
+
+@pytest.mark.parametrize("label", [-1, V, 2**40])
+def test_labels_that_are_no_class_are_refused(label):
+    hidden, weight, labels, _ = case()
+    labels[1, 2] = label
+    with pytest.raises(BadValue, match=f"from 0 to {V - 1}"):
+        cross_entropy(hidden, weight, labels)
 
 
 def saved(fn):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omnilora.errors import BadValue, RunError
+from omnilora.plans.native import call, serves
 
 MASKED = -100
 CHUNK = 256  # rows of logits that exist at a time
@@ -57,8 +58,9 @@ def cross_entropy(
         divisor = 1.0
     if _transformed(hidden):
         return plain_cross_entropy(hidden, weight, labels, bias, divisor=divisor, softcap=softcap, scale=scale)
-    flat, truth = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    flat, truth = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
     rows = (truth != MASKED).nonzero().flatten()
+    _check_classes(truth.index_select(0, rows), weight.shape[0])
     given = len(rows) if divisor is None else divisor
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     if learns:
@@ -94,6 +96,13 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str, softc
         raise BadValue(f"hidden is {tuple(hidden.shape)}, weight {tuple(weight.shape)}.", "Give weight as (vocabulary, d).")
 
 
+def _check_classes(classes: Tensor, n: int) -> None:
+    if len(classes) and not 0 <= classes.min() <= classes.max() < n:
+        low, high = classes.min().item(), classes.max().item()
+        raise BadValue(f"labels lie between {low} and {high}, the head knows {n} classes.",
+                       f"Give labels from 0 to {n - 1}, or {MASKED} for rows that do not count.")  # fmt: skip
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -112,28 +121,23 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, truth: Tensor,
     dh = hidden.new_empty(n, hidden.shape[1]) if wanted[0] else None
     dw = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
     db = torch.zeros_like(bias, dtype=wide) if wanted[2] and bias is not None else None
-    buffer = hidden.new_empty(min(chunk, n), weight.shape[0], dtype=wide)
+    native = softcap is None and (wide == hidden.dtype or (dw is None and db is None)) and _native(hidden, weight, bias)
+    buffer = hidden.new_empty(min(chunk, n), weight.shape[0], dtype=hidden.dtype if native else wide)
     for start in range(0, n, chunk):
         at = rows[start : start + chunk]
-        h, y = hidden.index_select(0, at), truth.index_select(0, at)[:, None]
+        h, y = hidden.index_select(0, at), truth.index_select(0, at)
         z = buffer[: len(at)]
-        slope = _logits(z, h, weight, bias, softcap, scale)
-        top = z.amax(1, keepdim=True)
-        own = z.gather(1, y) - top
-        z.sub_(top).exp_()
-        mass = z.sum(1, keepdim=True)
-        total += (mass.log() - own).sum()
-        if not any(wanted):
-            continue
-        z.scatter_add_(1, y, -mass)  # softmax − e_y, times the mass
-        if slope is not None:
-            z.mul_(slope)
-        if wide != hidden.dtype or dw is not None or db is not None:
-            z.div_(mass)
-            mass = torch.ones_like(mass)
-        g = z.to(weight.dtype)
+        if native:
+            _products(z, h, weight, bias)
+            losses = torch.empty(len(at))
+            call("cross_entropy", z.dtype, z, y, losses, *z.shape, float(scale), int(any(wanted)))
+            total += losses.sum()
+        else:
+            total += _sloped(z, h, y[:, None], weight, bias, softcap, scale, any(wanted))
         if dh is not None:
-            dh[start : start + chunk] = (g @ weight).to(wide).mul_(scale / mass).to(dh.dtype)
+            part = torch.mm(z.to(weight.dtype), weight, out=dh[start : start + chunk])
+            if scale != 1.0:
+                part.mul_(scale)
         if dw is not None:
             dw.addmm_(z.T, h.to(wide), alpha=scale)
         if db is not None:
@@ -141,13 +145,37 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, truth: Tensor,
     return total, dh, dw, db
 
 
+def _native(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return type(hidden) is Tensor and weight.dtype == hidden.dtype and (bias is None or bias.dtype == hidden.dtype) and serves(hidden)
+
+
+def _sloped(z: Tensor, h: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float,
+            wanted: bool) -> Tensor:  # fmt: skip
+    """The summed loss of rows h with labels y (rows, 1); z becomes its slope where ``wanted``, the factor ``scale`` left out."""
+    slope = _logits(z, h, weight, bias, softcap, scale)
+    top = z.amax(1, keepdim=True)
+    own = z.gather(1, y) - top
+    z.sub_(top).exp_()
+    mass = z.sum(1, keepdim=True)
+    if wanted:
+        z.scatter_add_(1, y, -mass).div_(mass)  # softmax − e_y
+        if slope is not None:
+            z.mul_(slope)
+    return (mass.log() - own).sum()
+
+
+def _products(z: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        torch.mm(h, weight.T, out=z)
+    else:
+        torch.addmm(bias, h, weight.T, out=z)
+
+
 def _logits(z: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None,
             scale: float) -> Tensor | None:  # fmt: skip
     """Fill z (rows, vocabulary); the cap's derivative, where there is a cap."""
     if z.dtype == h.dtype:
-        torch.mm(h, weight.T, out=z)
-        if bias is not None:
-            z.add_(bias)
+        _products(z, h, weight, bias)
     else:
         z.copy_(F.linear(h, weight, bias))
     if scale != 1.0:

@@ -1,4 +1,5 @@
-// Elementwise parts of fused passes: RMS norm, gated activation, rotation, dropout, magnitudes. One pass over memory each.
+// Elementwise parts of fused passes: RMS norm, gated activation, rotation, dropout, magnitudes, the slope of cross-entropy. One
+// pass over memory each.
 // Plain C functions over contiguous arrays, in fp32 and bf16 (sums and arithmetic in fp32). Sizes are 64-bit.
 
 #include <algorithm>
@@ -221,6 +222,38 @@ void scale_backward(const T* g, const T* y, const float* c, T* gz, float* sum, i
     }
 }
 
+// z (rows, n) logits before their factor s: loss = log Σ e^{sz} − s z_y; `slope`: z becomes softmax(sz) − e_y
+template <class T>
+void cross_entropy(T* z, const int64_t* y, float* loss, int64_t rows, int64_t n, float s, int64_t slope) {
+#pragma omp parallel if (rows * n > GRAIN)
+    {
+        std::vector<float> row(n);
+        float* e = row.data();
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < rows; ++t) {
+            T* zt = z + t * n;
+            float top = -INFINITY, mass = 0.f;
+#pragma omp simd reduction(max : top)
+            for (int64_t i = 0; i < n; ++i) {
+                e[i] = s * value(zt[i]);
+                top = e[i] > top ? e[i] : top;
+            }
+            float own = e[y[t]] - top;
+#pragma omp simd reduction(+ : mass)
+            for (int64_t i = 0; i < n; ++i) {
+                e[i] = exponential(e[i] - top);
+                mass += e[i];
+            }
+            loss[t] = std::log(mass) - own;
+            if (!slope) continue;
+            float share = 1.f / mass;
+#pragma omp simd
+            for (int64_t i = 0; i < n; ++i) store(zt[i], e[i] * share);
+            store(zt[y[t]], e[y[t]] * share - 1.f);
+        }
+    }
+}
+
 }  // namespace
 
 #define BOTH(NAME, PARAMETERS, ...)                                   \
@@ -256,5 +289,8 @@ BOTH(scale_columns, P, z, c, y, rows, d)
 #undef P
 #define P(T) (const T* g, const T* y, const float* c, T* gz, float* sum, int64_t rows, int64_t d)
 BOTH(scale_backward, P, g, y, c, gz, sum, rows, d)
+#undef P
+#define P(T) (T* z, const int64_t* y, float* loss, int64_t rows, int64_t n, float s, int64_t slope)
+BOTH(cross_entropy, P, z, y, loss, rows, n, s, slope)
 #undef P
 }
