@@ -30,6 +30,12 @@ def llama(quick: bool = False, dtype: str = "fp32") -> nn.Module:
     return transformers.LlamaForCausalLM(config).to(DTYPES[dtype])
 
 
+def without_cache(model: nn.Module) -> nn.Module:
+    """Training needs no keys and values of earlier passes: they are kept and copied, and compiled code would be made anew for each layer."""
+    model.config.use_cache = False
+    return model
+
+
 def smollm(quick: bool = False, dtype: str = "bf16") -> nn.Module:
     """The architecture of SmolLM2-135M with random weights, or its first two layers."""
     config = transformers.LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=2 if quick else 30,

@@ -84,8 +84,8 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def stacked(lines: tuple[Line, ...], dtype: torch.dtype) -> Tensor | None:
     """All A's, (ΣR, in)."""
-    parts = [cast(k.A, dtype) for k in lines if k.A is not None]
-    return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
+    parts = [k.A for k in lines if k.A is not None]
+    return None if not parts else cast(parts[0] if len(parts) == 1 else torch.cat(parts), dtype)
 
 
 def spans(lines: tuple[Line, ...]) -> list[slice]:
@@ -224,6 +224,8 @@ def narrow_side(gh: Tensor | None, x: Tensor | None, lines: tuple[Line, ...], dr
     if gh is None or not any(w[A] for w in want.lines):
         return
     dA = gh.t() @ (drop(x, dropped.seed, dropped.p) if dropped else x)  # type: ignore[arg-type]
+    dtypes = {line.A.dtype for line, wants in zip(lines, want.lines) if wants[A]}  # type: ignore[union-attr]
+    dA = cast(dA, dtypes.pop()) if len(dtypes) == 1 else dA
     for i, (line, span, wants) in enumerate(zip(lines, spans(lines), want.lines)):
         if wants[A]:
             out[i * LEARNED + A] = cast(dA[span], line.A.dtype)  # type: ignore[union-attr]
