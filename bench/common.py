@@ -31,7 +31,7 @@ def llama(quick: bool = False, dtype: str = "fp32") -> nn.Module:
 
 
 def without_cache(model: nn.Module) -> nn.Module:
-    """Training needs no keys and values of earlier passes: they are kept and copied, and compiled code would be made anew for each layer."""
+    """Training needs no keys and values of earlier passes: they are kept and copied, and compiled code is made for each layer."""
     model.config.use_cache = False
     return model
 

@@ -53,13 +53,14 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     Raises:
         NeedsExtra: a package of the ``demo`` extra is missing.
     """
+    from omnilora.training.gguf_files import gguf_read_fast
     from omnilora.training.quiet import quiet, quiet_imports
 
     folder, file = smollm2()
     quiet_imports()
     transformers = need("transformers", "demo")
     need("gguf", "demo")
-    with quiet(transformers):
+    with quiet(transformers), gguf_read_fast():
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=file,
@@ -67,7 +68,7 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
             dtype=dtype,
             local_files_only=True,
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
     return model.eval(), tokenizer
 
 

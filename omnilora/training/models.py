@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from omnilora.errors import BadValue, FileRefused, NeedsExtra, OmniloraError, Un
 from omnilora.io.reach import asked_for_model
 from omnilora.plans.native import computes_bf16
 from omnilora.training.config import TrainConfig
+from omnilora.training.gguf_files import gguf_read_fast
 from omnilora.training.quiet import quiet, quiet_imports
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,15 +99,18 @@ def load_parts(config: TrainConfig, labels: Sequence[Any] | None = None, say: bo
         options["device_map"] = config.device_map
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
+    if "gguf_file" in options:
+        need("gguf", "train")
     try:
-        with quiet(transformers), asked_for_model(source, "local_files_only" in options):
+        packed = gguf_read_fast() if "gguf_file" in options else nullcontext()
+        with quiet(transformers), packed, asked_for_model(source, "local_files_only" in options):
             model, info = auto.from_pretrained(source, dtype=dtype_of(config.dtype, device), output_loading_info=True,
                                                **_gguf(options, transformers))  # fmt: skip
             given = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **given)
     except OmniloraError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, struct.error) as error:
         raise BadValue(f"The model {config.model!r} cannot be loaded: {' '.join(str(error).split())[:300]}.",
                        "Give a Hub name, a folder, a .gguf file or package:smollm2.") from error  # fmt: skip
     if config.device_map is None and device == "cuda":
@@ -156,7 +162,6 @@ def _gguf(options: dict[str, Any], transformers: Any) -> dict[str, Any]:
     """Packed GGUF layers would be no ``nn.Linear``: their weights are dequantized."""
     if "gguf_file" not in options:
         return options
-    need("gguf", "train")
     return {**options, "quantization_config": transformers.GgufConfig(dequantize=True)}
 
 
