@@ -129,6 +129,10 @@ class DeltaEnergy(Statistic):
         return float(self.total)
 
 
+class Together(dict[str, Any]):
+    """A batch whose rows have no loss of their own: they are each other's negatives, say. Never taken apart into rows."""
+
+
 def observe(
     model: nn.Module,
     sites: Sequence[Site] | Sequence[Slot],

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnilora.core.observe import Statistic, observe
+from omnilora.core.observe import Statistic, Together, observe
 from omnilora.core.site import Site
 
 FLOOR = 1e-6  # of the largest weight: dead inputs and outputs keep a positive one
@@ -34,8 +34,10 @@ class SampleFisher(Statistic):
 
 
 def samples(batch: Any) -> Iterator[Any]:
-    """The rows of a batch, each a batch of one: a tensor, a sequence or a mapping of them."""
-    if isinstance(batch, Tensor):
+    """The rows of a batch, each a batch of one: a tensor, a sequence or a mapping of them; or the batch, if they belong together."""
+    if isinstance(batch, Together):
+        yield batch
+    elif isinstance(batch, Tensor):
         yield from batch.split(1)
     elif isinstance(batch, Mapping):
         parts = {k: list(samples(v)) for k, v in batch.items() if isinstance(v, Tensor)}

@@ -17,6 +17,7 @@ from omnilora.core import attach
 from omnilora.core.attach import find_hub, hub_of
 from omnilora.core.files import save
 from omnilora.core.method import Method, method, prepare
+from omnilora.core.observe import Together
 from omnilora.core.run import _the_adapter
 from omnilora.core.targets import targets_from
 from omnilora.errors import AttachError, BadValue, need
@@ -249,6 +250,7 @@ def _adapt(parts: Loaded, made: Method, rows: list[Row], config: TrainConfig) ->
         feed = Feed(examples, Collate(parts.tokenizer.pad_token_id), config.batch_size, config.seed)
         device, task = next(parts.model.parameters()).device, task_of(config.task, config.temperature, config.padding)
         batches = [to_device(b, device) for b in itertools.islice(feed.epoch(0), PROBED)]
+        batches = batches if task.by_row else [Together(b) for b in batches]
         made, found = prepare(parts.model, made, batches, lambda m, b: task.total(m, b)[0] / task.weight(b), wanted)
         wanted = wanted if found is None else found
     attach.adapt(parts.model, made, wanted)

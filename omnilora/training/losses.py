@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,12 @@ Scores = dict[str, tuple[Tensor, Tensor]]
 
 
 class Task:
-    """``weight`` of a batch is known before its forward; ``total`` is the loss summed over that weight."""
+    """``weight`` of a batch is known before its forward; ``total`` is the loss summed over that weight.
+
+    ``by_row``: whether that sum is one over rows, so that a batch can be taken apart.
+    """
+
+    by_row = True
 
     def weight(self, batch: Any) -> float:
         """How much the batch counts: learned tokens, rows or pairs."""
@@ -176,6 +181,8 @@ class Classification(Task):
 class Embedding(Task):
     """Pairs: the other rows' positives are the negatives; with scores, squared error of the cosine."""
 
+    by_row = False
+
     def __init__(self, temperature: float = 0.05) -> None:
         self.temperature = temperature
 
@@ -188,7 +195,10 @@ class Embedding(Task):
             figures.hits += int((near.argmax(-1) == truth).sum())
         if "score" in batch:
             return F.mse_loss(near.diagonal(), batch["score"], reduction="sum"), outputs
-        return F.cross_entropy(near / self.temperature, truth, reduction="sum"), outputs
+        logits = near / self.temperature
+        if isinstance(outputs, MutableMapping):
+            outputs["logits"] = logits  # of each row over the pairs: what added losses compare
+        return F.cross_entropy(logits, truth, reduction="sum"), outputs
 
     def _nearness(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Any]:
         """(cosines (pairs, pairs), the index of each row's own, outputs)."""
