@@ -3,8 +3,8 @@
 topics: docstring → chapter of the library reference (classification); functions: docstring → signature (retrieval among
 240 candidates). Both are read from the running interpreter's standard library. 60 updates of 8 (40 for functions, whose
 rows are pairs), three seeds, three learning rates a method (for functions wider apart: the rates of topics proved too
-low for most). Goes on where it was interrupted; figures go to bench/results/compare-TASK.json, from which docs/tables.py makes a page; the report lies in
-FOLDER/TASK/report.html.
+low for most). Goes on where it was interrupted; figures go to bench/results/compare-TASK.json, from which docs/tables.py
+makes a page; the report lies in FOLDER/TASK/report.html.
 """
 
 from __future__ import annotations
