@@ -21,9 +21,9 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def llama(quick: bool = False, dtype: str = "fp32") -> nn.Module:
-    """The 30 M Llama (8 layers of width 512), or a small one."""
-    width, depth, vocab = (128, 2, 1000) if quick else (512, 8, 8192)
+def llama(quick: bool = False, dtype: str = "fp32", width: int = 512) -> nn.Module:
+    """A Llama of 8 layers (30 M at width 512), or a small one."""
+    width, depth, vocab = (128, 2, 1000) if quick else (width, 8, 8192)
     config = transformers.LlamaConfig(hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=depth,
                                       num_attention_heads=8, num_key_value_heads=8, vocab_size=vocab)  # fmt: skip
     torch.manual_seed(0)

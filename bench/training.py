@@ -1,6 +1,6 @@
 """Training steps as ratios to the frozen model of the library it comes from, with what each step keeps.
 
-    python bench/training.py [--only fp32,bf16,smollm,sites,methods] [--rounds 7] [--quick] [--out bench/results/training.json]
+    python bench/training.py [--only fp32,bf16,wide,smollm,sites,methods] [--rounds 7] [--quick] [--out bench/results/training.json]
 
 A step is forward, loss, and backward to the input's embeddings. "frozen" is transformers' own model with its own loss. PEFT runs
 as users run it, and with every layer compiled and our chunked loss. Ours runs with the loss that ``ol.fit`` takes.
@@ -156,6 +156,10 @@ def run(only: set[str], rounds: int, quick: bool) -> dict[str, Any]:
             out[f"llama 30M {dtype}"] = lora(without_cache(llama(quick, dtype)), ids, 16, rounds, f"Llama 30 M, r 16, {dtype}", not quick)
         if "methods" in only and (dtype in only or not only & {"fp32", "bf16"}):
             out[f"methods {dtype}"] = methods(without_cache(llama(quick, dtype)), ids, rounds, f"Llama 30 M, methods, {dtype}")
+    if "wide" in only:
+        for dtype in ("fp32", "bf16"):
+            base = without_cache(llama(quick, dtype, width=1024))
+            out[f"llama width 1024 {dtype}"] = lora(base, ids, 16, rounds, f"Llama, 8 layers of width 1024, r 16, {dtype}", False)
     if "smollm" in only:
         longer = torch.randint(0, 900, (2, 32) if quick else (4, 256))
         out["smollm 135M bf16"] = lora(without_cache(smollm(quick)), longer, 8, rounds, "SmolLM2-135M, r 8, bf16", not quick)
@@ -164,7 +168,7 @@ def run(only: set[str], rounds: int, quick: bool) -> dict[str, Any]:
     return out
 
 
-PARTS = ("fp32", "bf16", "smollm", "sites", "methods")
+PARTS = ("fp32", "bf16", "wide", "smollm", "sites", "methods")
 
 
 def main() -> None:

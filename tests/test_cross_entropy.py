@@ -91,6 +91,17 @@ def test_kernels_give_what_torch_gives(dtype, tolerance, options, monkeypatch):
     assert apart(loss, loss_) < 1e-6 and apart(slope, slope_) < tolerance  # bf16: the slope is rounded before the product
 
 
+def test_under_autocast():
+    hidden, weight, labels, _ = case()
+    narrow = hidden.bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cross_entropy(narrow, weight, labels, chunk=7)
+        loss.backward()
+    hidden.requires_grad_()
+    plain_cross_entropy(hidden, weight, labels).backward()
+    assert narrow.grad.dtype == torch.bfloat16 and apart(narrow.grad.float(), hidden.grad) < 1e-2
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_numbers_that_are_none_are_not_hidden(bad):
     hidden, weight, labels, _ = case()

@@ -97,8 +97,8 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str, softc
 
 
 def _check_classes(classes: Tensor, n: int) -> None:
-    if len(classes) and not 0 <= classes.min() <= classes.max() < n:
-        low, high = classes.min().item(), classes.max().item()
+    low, high = torch.stack(classes.aminmax()).tolist() if len(classes) else (0, 0)
+    if low < 0 or high >= n:
         raise BadValue(f"labels lie between {low} and {high}, the head knows {n} classes.",
                        f"Give labels from 0 to {n - 1}, or {MASKED} for rows that do not count.")  # fmt: skip
 
@@ -135,9 +135,8 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, truth: Tensor,
         else:
             total += _sloped(z, h, y[:, None], weight, bias, softcap, scale, any(wanted))
         if dh is not None:
-            part = torch.mm(z.to(weight.dtype), weight, out=dh[start : start + chunk])
-            if scale != 1.0:
-                part.mul_(scale)
+            part = z.to(weight.dtype) @ weight
+            dh[start : start + chunk] = part if scale == 1.0 else part.mul_(scale)
         if dw is not None:
             dw.addmm_(z.T, h.to(wide), alpha=scale)
         if db is not None:
