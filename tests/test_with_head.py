@@ -8,6 +8,10 @@ import torch
 
 import omnilora as ol
 from omnilora.cli import cards
+from omnilora.training import losses
+from omnilora.training.batches import Collate
+from omnilora.training.data import read_rows
+from omnilora.training.encode import encode
 from omnilora.training.fit import trained
 from omnilora.training.models import load_model, load_trained
 
@@ -51,3 +55,17 @@ def test_trains_on_pairs(key, encoder):
     with torch.no_grad():
         ours, theirs = (m.eval()(**inputs).last_hidden_state for m in (parts.model, plain))
     assert (ours - theirs).abs().max() > 1e-6
+
+
+def test_pairs_judged_part_by_part_are_judged_alike(encoder, monkeypatch):
+    rows = [{"anchor": r["text"], "positive": " ".join(r["text"].split()[: 1 + i % 5])} for i, r in enumerate(tiny.labelled(12))]
+    config = ol.TrainConfig(model=str(encoder), task="embedding")
+    model, tokenizer = load_model(config)
+    batch = Collate(tokenizer.pad_token_id)(encode(read_rows(rows), tokenizer, config, 64, None).examples)
+    monkeypatch.setattr(losses, "TEXTS", 5)
+    task = losses.task_of("embedding")
+    with torch.no_grad():
+        near, truth, _ = task._nearness(model.eval(), batch)
+        found = task.scores(model, batch)
+    assert torch.equal(found["accuracy"][0], (near.argmax(-1) == truth).float())
+    assert torch.allclose(found["loss"][0], torch.nn.functional.cross_entropy(near / 0.05, truth, reduction="none"), rtol=1e-4, atol=1e-5)

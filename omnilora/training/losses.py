@@ -19,6 +19,8 @@ from omnilora.training.encode import MASKED
 from omnilora.training.frugal import Frugal, unwrapped
 
 Batch = Mapping[str, Tensor]
+TEXTS = 32  # that are embedded at a time when pairs are judged
+
 Scores = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -200,6 +202,18 @@ class Embedding(Task):
             outputs["logits"] = logits  # of each row over the pairs: what added losses compare
         return F.cross_entropy(logits, truth, reduction="sum"), outputs
 
+    def _embedded(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The embedding of every text (texts, dim), TEXTS of like length at a time: little padding, little memory."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        lengths = mask.sum(1)
+        made: list[Tensor] = []
+        order = lengths.argsort(stable=True)
+        for some in order.split(TEXTS):
+            n = int(lengths[some].max())
+            inputs = {"input_ids": ids[some, :n], "attention_mask": mask[some, :n]}
+            made.append(mean_pooled(model(**model_inputs(model, inputs)).last_hidden_state, inputs["attention_mask"]))
+        return torch.cat(made)[order.argsort()]
+
     def _nearness(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Any]:
         """(cosines (pairs, pairs), the index of each row's own, outputs)."""
         outputs = model(**model_inputs(model, batch))
@@ -207,7 +221,8 @@ class Embedding(Task):
         return a @ b.mT, torch.arange(a.shape[0], device=a.device), outputs
 
     def scores(self, model: nn.Module, batch: Batch) -> Scores:
-        near, truth, _ = self._nearness(model, batch)
+        a, b = self._embedded(model, batch).chunk(2)
+        near, truth = a @ b.mT, torch.arange(a.shape[0], device=a.device)
         one = torch.ones(len(truth))
         if "score" in batch:
             return {"loss": ((near.diagonal() - batch["score"]).square(), one)}
