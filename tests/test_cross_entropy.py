@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import omnilora.plans.cross_entropy as module
 from omnilora.errors import BadValue, RunError
+from omnilora.plans import native
 from omnilora.plans.cross_entropy import MASKED, cross_entropy, plain_cross_entropy
 
 V, D, ROWS = 50, 12, (3, 17)
@@ -79,11 +80,13 @@ def test_half_precision_sums_in_fp32():
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize("options", [{}, {"scale": 0.25}])
 def test_kernels_give_what_torch_gives(dtype, tolerance, options, monkeypatch):
+    if native.library() is None:
+        pytest.skip(native.reason())
     hidden, weight, labels, bias = case(dtype, bias=True)
     hidden.requires_grad_()
     found = []
-    for native in (True, False):
-        if not native:
+    for kernels in (True, False):
+        if not kernels:
             monkeypatch.setattr(module, "serves", lambda *tensors: False)
         loss = cross_entropy(hidden, weight, labels, bias, chunk=7, **options)
         found.append((loss.detach(), torch.autograd.grad(loss, hidden)[0].float()))
@@ -100,6 +103,39 @@ def test_under_autocast():
     hidden.requires_grad_()
     plain_cross_entropy(hidden, weight, labels).backward()
     assert narrow.grad.dtype == torch.bfloat16 and apart(narrow.grad.float(), hidden.grad) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_and_device_change_nothing(dtype):
+    hidden, weight, labels, _ = case()
+    hidden.requires_grad_()
+    want = cross_entropy(hidden, weight, labels)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        made = cross_entropy(hidden, weight, labels)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(made, want)
+    with torch.device("meta"):
+        assert torch.equal(cross_entropy(hidden, weight, labels), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_bias_of_another_dtype(dtype):
+    hidden, weight, labels, bias = case(bias=True)
+    assert apart(cross_entropy(hidden, weight, labels, bias.to(dtype)), cross_entropy(hidden, weight, labels, bias)) < 1e-2
+
+
+def test_labels_may_be_of_any_whole_type_and_of_no_other():
+    hidden, weight, labels, _ = case()
+    want = cross_entropy(hidden, weight, labels)
+    assert torch.equal(cross_entropy(hidden, weight, labels.int()), want)
+    grad = torch.func.grad(lambda h: cross_entropy(h, weight, labels.int()))(hidden)
+    assert torch.isfinite(grad).all()
+    for bad in (labels.float(), labels > 0):
+        with pytest.raises(BadValue, match="whole numbers"):
+            cross_entropy(hidden, weight, bad)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
+import transformers
 
 from omnilora.errors import BadValue
 from omnilora.training.config import TrainConfig
@@ -49,7 +50,10 @@ def test_a_file_is_read_once_inside_and_nothing_stays_changed(path):
         assert gguf.GGUFReader(str(path)) is gguf.GGUFReader(str(path))
         table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
         assert gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2) is table
+        inside = gguf.GGUFReader
+        assert issubclass(inside, own[0]) and isinstance(inside(path), own[0])
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
+    assert inside(path) is not inside(path)  # who kept it gets new ones: the file may have changed
 
 
 def test_a_file_cut_anywhere_in_its_header_is_told(path):
@@ -61,7 +65,30 @@ def test_a_file_cut_anywhere_in_its_header_is_told(path):
             _reader()(path)
 
 
+def test_a_damaged_file_is_not_remembered(path):
+    whole = path.read_bytes()
+    with gguf_read_fast():
+        path.write_bytes(whole[:300])
+        with pytest.raises(ValueError):
+            gguf.GGUFReader(path)
+        path.write_bytes(whole)
+        assert gguf.GGUFReader(path).fields["some.number"].contents() == 7
+
+
 def test_a_model_in_a_cut_file_is_refused(path):
-    path.write_bytes(path.read_bytes()[:400])
-    with pytest.raises(BadValue, match="cannot be loaded"):
+    whole = path.read_bytes()
+    end = _reader()(path).tensors[0].data_offset
+    for size in range(8, end - 32, end // 6):
+        path.write_bytes(whole[:size])
+        with pytest.raises(BadValue, match="cannot be loaded"):
+            load_model(TrainConfig(model=str(path)))
+
+
+@pytest.mark.parametrize("error", [OverflowError, TypeError, RuntimeError, IndexError])
+def test_whatever_a_damaged_file_makes_of_its_readers_is_told(path, error, monkeypatch):
+    def fails(*args, **kwargs):
+        raise error("deep inside")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fails)
+    with pytest.raises(BadValue, match="cannot be loaded: deep inside"):
         load_model(TrainConfig(model=str(path)))

@@ -581,3 +581,17 @@ def test_a_merged_layer_and_another_active_set_leave_the_short_way():
         ol.unmerge(model)
         model._omnilora.active = ()
         assert gap(model(x), F.linear(x, model[0].weight, model[0].bias)) < 1e-6
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_kernels_do_not_read_the_default_dtype(default):
+    torch.manual_seed(0)
+    x, w, c = torch.randn(40, 8), torch.randn(8), torch.randn(8)
+    want = [*elementwise.rms_forward(x, w, 1e-6), *elementwise.magnify_backward(x, x.flip(0), c)]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = [*elementwise.rms_forward(x, w, 1e-6), *elementwise.magnify_backward(x, x.flip(0), c)]
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))

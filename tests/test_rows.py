@@ -7,13 +7,11 @@ import sys
 import threading
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
 import omnilora as ol
 from omnilora.core import layer as layers
-from omnilora.errors import ContextError
 from omnilora.plans import native, ragged, rows
 from omnilora.plans.executor import off
 
@@ -288,16 +286,3 @@ def test_the_hook_can_be_taken_out(monkeypatch):
     y, _ = both(model, x)
     monkeypatch.setattr(layers, "rows_executor", None)
     close(y, both(model, x)[0])
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_rows_that_are_all_alike_still_count(grad):
-    model = ol.adapt(tiny.pair(), ol.method("lora", r=2), name="a")
-    width = ol.slots(model)[0].site.fan_in
-    with torch.set_grad_enabled(grad):
-        for rows, count in ((2, 5), (3, 4)):
-            with ol.context(model, rows=["a"] * rows), pytest.raises(ContextError, match=f"dimension of {count}, the context has {rows} rows"):
-                model(torch.randn(count, width))
-        with ol.context(model, rows=["a"]):
-            x = torch.randn(5, width)
-            assert torch.equal(model(x), model(x[:5]))

@@ -57,11 +57,20 @@ def test_trains_on_pairs(key, encoder):
     assert (ours - theirs).abs().max() > 1e-6
 
 
-def test_pairs_judged_part_by_part_are_judged_alike(encoder, monkeypatch):
+def test_hiddenkey_trains_on_pairs_with_scores(encoder):
+    rows = [{"anchor": r["text"], "positive": r["text"][::-1], "score": i % 3 / 2} for i, r in enumerate(tiny.labelled(12))]
+    _, report, _ = trained(ol.TrainConfig(model=str(encoder), method="hiddenkey", task="embedding", data=rows, steps=2, dtype="fp32"))
+    assert report.steps == 2 and all(math.isfinite(x) for x in report.losses)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_pairs_judged_part_by_part_are_judged_alike(left, encoder, monkeypatch):
     rows = [{"anchor": r["text"], "positive": " ".join(r["text"].split()[: 1 + i % 5])} for i, r in enumerate(tiny.labelled(12))]
     config = ol.TrainConfig(model=str(encoder), task="embedding")
     model, tokenizer = load_model(config)
     batch = Collate(tokenizer.pad_token_id)(encode(read_rows(rows), tokenizer, config, 64, None).examples)
+    if left:
+        batch = {k: v.flip(1) for k, v in batch.items()}
     monkeypatch.setattr(losses, "TEXTS", 5)
     task = losses.task_of("embedding")
     with torch.no_grad():

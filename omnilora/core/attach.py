@@ -508,7 +508,7 @@ def context(
 
     Args:
         rows: for each row of the batch an adapter name, a list, {name: weight}, or None for the bare base. Rows that are
-            all alike serve any batch that is a multiple of them: layers may see flattened tokens.
+            all alike are not counted: layers may see flattened tokens, experts' tokens or tables of positions.
         adapters: the same for all rows.
         segments: (batch, length) integers: the row number of every token of a packed batch.
         repeat: consecutive copies of each row that layers see (beam search: number of beams).

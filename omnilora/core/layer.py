@@ -319,7 +319,6 @@ def _run_rows(layer: Any, mine: Adapters, ctx: Context, rows: RowGroups, forward
     if not slots:
         return forward(*args, **kwargs)
     if len(rows.groups) == 1:
-        _check_whole(slots[0].site, rows, args, kwargs)
         return _run_set(layer, mine, rows.groups[0][0], ctx, forward, args, kwargs)
     for slot in slots:
         if not slot.site.called:
@@ -348,22 +347,6 @@ def _run_rows(layer: Any, mine: Adapters, ctx: Context, rows: RowGroups, forward
     return undo(torch.cat(pieces).index_select(0, back))
 
 
-def _check_whole(site: Site, rows: RowGroups, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Rows that are all alike need no numbers, and tokens may come flattened; but the batch is a multiple of the rows."""
-    if rows.segments is None and site.called and site.kind != "block":
-        x, n = _input(site, args, kwargs)[0], rows.count * rows.repeat
-        if x.dim() > rows.batch_dim and x.shape[rows.batch_dim] % n:
-            raise _unlike(site, rows, x.shape[rows.batch_dim])
-
-
-def _unlike(site: Site, rows: RowGroups, found: int) -> ContextError:
-    return ContextError(
-        f"{site.name} sees a leading dimension of {found}, the context has {rows.count} rows"
-        + (f" × {rows.repeat}." if rows.repeat > 1 else "."),
-        "Give one adapter a row, repeat= for beams, segments= for packed or flattened tokens, or batch_dim=.",
-    )
-
-
 def _by_row(x: Tensor, rows: RowGroups, site: Site) -> tuple[Tensor, list[Tensor], Callable[[Tensor], Tensor]]:
     """x with the leading dimension that ``rows`` numbers, the positions of each group there, and the way back."""
     groups = [index.to(x.device) for _, index in rows.groups]
@@ -382,7 +365,11 @@ def _by_row(x: Tensor, rows: RowGroups, site: Site) -> tuple[Tensor, list[Tensor
         x = x.movedim(rows.batch_dim, 0)
     n = rows.count * rows.repeat
     if x.dim() < 2 - (site.kind == "embedding") or x.shape[0] != n:
-        raise _unlike(site, rows, x.shape[0])
+        raise ContextError(
+            f"{site.name} sees a leading dimension of {x.shape[0]}, the context has {rows.count} rows"
+            + (f" × {rows.repeat}." if rows.repeat > 1 else "."),
+            "Give one adapter a row, repeat= for beams, segments= for packed or flattened tokens, or batch_dim=.",
+        )
     if rows.repeat > 1:
         step = torch.arange(rows.repeat, device=x.device)
         groups = [(g[:, None] * rows.repeat + step).flatten() for g in groups]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omnilora.errors import BadValue, RunError
@@ -56,9 +56,10 @@ def cross_entropy(
     _check(hidden, weight, labels, reduction, softcap, chunk)
     if reduction == "sum":
         divisor = 1.0
+    labels = labels.long()
     if _transformed(hidden):
         return plain_cross_entropy(hidden, weight, labels, bias, divisor=divisor, softcap=softcap, scale=scale)
-    flat, truth = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
+    flat, truth = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     rows = (truth != MASKED).nonzero().flatten()
     _check_classes(truth.index_select(0, rows), weight.shape[0])
     given = len(rows) if divisor is None else divisor
@@ -92,12 +93,16 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str, softc
         raise BadValue(f"softcap = {softcap!r}.", "Give a number above 0, or None.")
     if hidden.shape[:-1] != labels.shape:
         raise BadValue(f"hidden is {tuple(hidden.shape)}, labels {tuple(labels.shape)}.", "Give a label for every row.")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise BadValue(f"labels are {labels.dtype}.", "Give whole numbers: the class of each row.")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise BadValue(f"hidden is {tuple(hidden.shape)}, weight {tuple(weight.shape)}.", "Give weight as (vocabulary, d).")
 
 
 def _check_classes(classes: Tensor, n: int) -> None:
-    low, high = torch.stack(classes.aminmax()).tolist() if len(classes) else (0, 0)
+    if not len(classes):
+        return
+    low, high = torch.stack(classes.aminmax()).tolist()
     if low < 0 or high >= n:
         raise BadValue(f"labels lie between {low} and {high}, the head knows {n} classes.",
                        f"Give labels from 0 to {n - 1}, or {MASKED} for rows that do not count.")  # fmt: skip
@@ -129,7 +134,7 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, truth: Tensor,
         z = buffer[: len(at)]
         if native:
             _products(z, h, weight, bias)
-            losses = torch.empty(len(at))
+            losses = torch.empty(len(at), dtype=torch.float32, device="cpu")
             call("cross_entropy", z.dtype, z, y, losses, *z.shape, float(scale), int(any(wanted)))
             total += losses.sum()
         else:
@@ -145,7 +150,9 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, truth: Tensor,
 
 
 def _native(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return type(hidden) is Tensor and weight.dtype == hidden.dtype and (bias is None or bias.dtype == hidden.dtype) and serves(hidden)
+    given = [t for t in (weight, bias) if t is not None]
+    plain = type(hidden) is Tensor and all(type(t) in (Tensor, nn.Parameter) and t.device == hidden.device for t in given)
+    return plain and all(t.dtype == hidden.dtype for t in given) and serves(hidden)
 
 
 def _sloped(z: Tensor, h: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float,
@@ -164,10 +171,12 @@ def _sloped(z: Tensor, h: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def _products(z: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if bias is None:
-        torch.mm(h, weight.T, out=z)
-    else:
+    if bias is not None and bias.dtype == z.dtype:
         torch.addmm(bias, h, weight.T, out=z)
+        return
+    torch.mm(h, weight.T, out=z)
+    if bias is not None:
+        z.add_(bias)
 
 
 def _logits(z: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None,

@@ -19,7 +19,7 @@ def wide(t: Tensor) -> Tensor:
 def rms_forward(x: Tensor, w: Tensor, eps: float, shift: float = 0.0, between: bool = True) -> tuple[Tensor, Tensor]:
     """(w + shift) ⊙ x / √(mean x² + eps) and 1/√… (tokens,). ``between``: x / √… is rounded before w meets it (Llama)."""
     if serves(x, w):
-        y, rstd = torch.empty_like(x), torch.empty(x.shape[0], device=x.device)
+        y, rstd = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         call("rms_forward", x.dtype, x, w, y, rstd, *x.shape, eps, shift, int(between))
         return y, rstd
     xw = wide(x)
@@ -156,7 +156,7 @@ def magnify_(y: Tensor, c: Tensor) -> Tensor:
 def magnify_backward(g: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """(c ⊙ g, Σ over tokens of g ⊙ y), the sum in fp32 or wider."""
     if serves(g, y) and c.dtype == torch.float32:
-        gz, total = torch.empty_like(g), torch.empty(g.shape[1])
+        gz, total = torch.empty_like(g), torch.empty(g.shape[1], dtype=torch.float32, device=g.device)
         call("scale_backward", g.dtype, g, y, c, gz, total, *g.shape)
         return gz, total
     return g * c.to(g.dtype), (wide(g) * wide(y)).sum(0)

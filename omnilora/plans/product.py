@@ -85,6 +85,8 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 def stacked(lines: tuple[Line, ...], dtype: torch.dtype) -> Tensor | None:
     """All A's, (ΣR, in)."""
     parts = [k.A for k in lines if k.A is not None]
+    if len({a.dtype for a in parts}) > 1:
+        parts = [cast(a, dtype) for a in parts]
     return None if not parts else cast(parts[0] if len(parts) == 1 else torch.cat(parts), dtype)
 
 

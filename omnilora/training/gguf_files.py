@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import struct
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 
-_word = struct.Struct("<Q").unpack_from
+_word = struct.Struct("=Q").unpack_from
 _patching = threading.RLock()
 
 
@@ -70,11 +71,44 @@ def _strings(data: Any, at: int, n: int) -> tuple[list[Any], int]:
     return parts, at
 
 
+class _Memory(dict[str, Any]):
+    """Readers by path, while it is open."""
+
+    open = True
+
+
+def _once(made: _Memory) -> Any:
+    """The reader as a class that gives one object a path while ``made`` is open."""
+
+    class Once(_reader()):  # type: ignore[misc]
+        def __new__(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+            new = super().__new__(cls)
+            return new if args or kwargs or not made.open else made.setdefault(os.fspath(path), new)
+
+        def __init__(self, path: Any, *args: Any, **kwargs: Any) -> None:
+            if "fields" in vars(self):
+                return
+            try:
+                super().__init__(path, *args, **kwargs)
+            except BaseException:
+                made.pop(os.fspath(path), None)
+                raise
+
+    return Once
+
+
 @contextmanager
 def gguf_read_fast() -> Iterator[None]:
     """Inside, whoever asks gguf for a reader gets one that is fast, the same for the same file, and tables of names are made once."""
     gguf: Any = importlib.import_module("gguf")
     with _patching, ExitStack() as stack:
-        for name, better in (("GGUFReader", _reader()), ("get_tensor_name_map", gguf.get_tensor_name_map)):
-            stack.enter_context(mock.patch.object(gguf, name, lru_cache(maxsize=8)(better)))
-        yield
+        made = _Memory()
+        stack.callback(made.clear)
+        tables = lru_cache(maxsize=8)(gguf.get_tensor_name_map)
+        stack.callback(tables.cache_clear)
+        stack.enter_context(mock.patch.object(gguf, "GGUFReader", _once(made)))
+        stack.enter_context(mock.patch.object(gguf, "get_tensor_name_map", tables))
+        try:
+            yield
+        finally:
+            made.open = False

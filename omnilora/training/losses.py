@@ -195,11 +195,11 @@ class Embedding(Task):
         near, truth, outputs = self._nearness(model, batch)
         if figures is not None:
             figures.hits += int((near.argmax(-1) == truth).sum())
-        if "score" in batch:
-            return F.mse_loss(near.diagonal(), batch["score"], reduction="sum"), outputs
         logits = near / self.temperature
         if isinstance(outputs, MutableMapping):
             outputs["logits"] = logits  # of each row over the pairs: what added losses compare
+        if "score" in batch:
+            return F.mse_loss(near.diagonal(), batch["score"], reduction="sum"), outputs
         return F.cross_entropy(logits, truth, reduction="sum"), outputs
 
     def _embedded(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -209,7 +209,7 @@ class Embedding(Task):
         made: list[Tensor] = []
         order = lengths.argsort(stable=True)
         for some in order.split(TEXTS):
-            n = int(lengths[some].max())
+            n = int(mask[some].any(0).nonzero().max()) + 1  # what lies behind is padding in every row
             inputs = {"input_ids": ids[some, :n], "attention_mask": mask[some, :n]}
             made.append(mean_pooled(model(**model_inputs(model, inputs)).last_hidden_state, inputs["attention_mask"]))
         return torch.cat(made)[order.argsort()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -110,7 +109,9 @@ def load_parts(config: TrainConfig, labels: Sequence[Any] | None = None, say: bo
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **given)
     except OmniloraError:
         raise
-    except (OSError, ValueError, LookupError, struct.error) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError, KeyError)) and "gguf_file" not in options:
+            raise  # a damaged GGUF file fails anywhere in its readers
         raise BadValue(f"The model {config.model!r} cannot be loaded: {' '.join(str(error).split())[:300]}.",
                        "Give a Hub name, a folder, a .gguf file or package:smollm2.") from error  # fmt: skip
     if config.device_map is None and device == "cuda":
