@@ -132,7 +132,12 @@ def _flat(data: dict[str, Any], path: str = "") -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name, value in data.items():
         at = f"{path} {name}".strip()
-        rows += _flat(value, at) if isinstance(value, dict) else [(at, f"{value:.3f}")]
+        if not isinstance(value, dict):
+            rows.append((at, f"{value:.3f}"))
+        elif set(value) == {"median", "min", "max"}:
+            rows.append((at, f"{value['median']:.3f} ({value['min']:.3f} – {value['max']:.3f})"))
+        else:
+            rows += _flat(value, at)
     return rows
 
 
