@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 from unittest import mock
 
-IMPORTS = ("torchao", "torchao.kernel.intmm", "torch.utils._pytree")  # loggers that speak when torchao is imported
+IMPORTS = ("torchao", "torchao.kernel.intmm", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops")  # loggers
 NOTES = ("Failed to load", "Skipping import of cpp extensions", "Detected no triton", "register_constant() on Enum")
 
 
@@ -20,7 +20,7 @@ def _useful(record: logging.LogRecord) -> bool:
 
 
 def quiet_imports() -> None:
-    """Drop, from now on, what torchao says of extensions that this machine has no use for."""
+    """Drop, from now on, what torchao and bitsandbytes say of extensions that are not here and nobody asked for."""
     for name in IMPORTS:
         logging.getLogger(name).addFilter(_useful)  # a filter is added once
 
