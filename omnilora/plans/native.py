@@ -51,6 +51,12 @@ def computes_bf16() -> bool:
     return bool(set(_processor().split()) & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
+@lru_cache(maxsize=1)
+def multiplies_tiles() -> bool:
+    """Whether this processor multiplies tiles of bf16 matrices (AMX)."""
+    return "amx_bf16" in _processor().split()
+
+
 def _compiler() -> str | None:
     """``CXX`` where it names a compiler of C++: some libraries set it to one of C, which links without C++'s runtime."""
     chosen = os.environ.get("CXX", "")

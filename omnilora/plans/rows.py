@@ -29,7 +29,7 @@ from omnilora.core.op import LINEAR
 from omnilora.core.parameterization import Slot
 from omnilora.core.site import Base
 from omnilora.errors import OmniloraError
-from omnilora.plans import steps
+from omnilora.plans import native, steps
 from omnilora.plans.executor import plain
 from omnilora.plans.normal import Low, lower
 from omnilora.plans.ragged import Job, few, function
@@ -235,9 +235,11 @@ class Plan:
             self.grouped(batch, x, y, per)
 
     def _wide(self, tokens: int) -> bool:
-        """Whether all rows with all adapters under a mask cost less than products group by group: small products in bf16 are
-        dear, and so are those of single tokens."""
-        return self.rank <= 2 * self.fan_in if tokens <= 4 else self.dtype == torch.bfloat16 and 2 * self.rank <= self.fan_in
+        """Whether all rows with all adapters under a mask cost less than products group by group: where tiles are multiplied in
+        hardware, many small products in bf16 cost more than a few large ones, and everywhere those of single tokens do."""
+        if tokens <= 4:
+            return self.rank <= 2 * self.fan_in
+        return self.dtype == torch.bfloat16 and native.multiplies_tiles() and 2 * self.rank <= self.fan_in
 
     def grouped(self, batch: Batch, x: Tensor, y: Tensor, per: int) -> None:
         for term, s, (_, _, first, last) in zip(self.terms, self.scales, batch.users):
