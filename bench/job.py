@@ -141,14 +141,14 @@ def main() -> None:
             loss = statistics.mean(made["losses"])
             print(f"{name:20s} {made['seconds']:8.2f} s  processor {made['processor']:8.2f} s  "
                   f"{made['peak MiB']:8.0f} MiB  whole {made['whole']:8.2f} s  loss {loss:.4f}", flush=True)  # fmt: skip
-    table = {name: summary(runs, found[chosen[0]]) for name, runs in found.items()}
+        table = {name: summary(runs, found[chosen[0]]) for name, runs in found.items()}
+        if args.out is not None:  # after every round: a round takes minutes
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps({"machine": machine(args.threads), "steps": args.steps, "quick": args.quick, "jobs": table},
+                                           indent=1) + "\n")  # fmt: skip
     print(f"\nratio to {chosen[0]}: median (min – max)")
     for name, row in table.items():
         print(f"{name:20s} " + "   ".join(f"{k} {v[0]:.3f} ({v[1]:.3f} – {v[2]:.3f})" for k, v in row["ratios"].items()))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": machine(args.threads), "steps": args.steps, "quick": args.quick, "jobs": table},
-                                       indent=1) + "\n")  # fmt: skip
 
 
 def summary(runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> dict[str, Any]:
