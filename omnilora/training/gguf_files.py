@@ -82,17 +82,14 @@ def _once(made: _Memory) -> Any:
 
     class Once(_reader()):  # type: ignore[misc]
         def __new__(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
-            new = super().__new__(cls)
-            return new if args or kwargs or not made.open else made.setdefault(os.fspath(path), new)
+            return (None if args or kwargs else made.get(os.fspath(path))) or super().__new__(cls)
 
         def __init__(self, path: Any, *args: Any, **kwargs: Any) -> None:
             if "fields" in vars(self):
                 return
-            try:
-                super().__init__(path, *args, **kwargs)
-            except BaseException:
-                made.pop(os.fspath(path), None)
-                raise
+            super().__init__(path, *args, **kwargs)
+            if made.open and not args and not kwargs:
+                made[os.fspath(path)] = self
 
     return Once
 
