@@ -127,13 +127,15 @@ def sites(rounds: int, quick: bool) -> dict[str, Any]:
     width = 16 if quick else 256
     middle = [m for _ in range(6) for m in (nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())]
     net = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
-    images = torch.randn(4, 3, 16, 16)
-
-    def conv(model: nn.Module) -> Tensor:
-        return model(images.clone().requires_grad_()).square().mean()
-
     names = [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d)]
-    out["conv net"] = _against_peft(f"conv net of width {width}", net, conv, names, rounds)
+    for size in (16, 32):
+        images = torch.randn(4, 3, size, size)
+
+        def conv(model: nn.Module, images: Tensor = images) -> Tensor:
+            return model(images.clone().requires_grad_()).square().mean()
+
+        title = f"conv net of width {width}, 4 images of {size} × {size}"
+        out[f"conv net {size} × {size}"] = _against_peft(title, net, conv, names, rounds)
     return out
 
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 import omnilora as ol
 from omnilora.contract import shake
-from omnilora.plans import elementwise, executor, native
+from omnilora.plans import convolution, elementwise, executor, native
 from omnilora.plans.blocks import host, llama
 from omnilora.plans.node import Products, products
 from omnilora.plans.product import Drop, Line
@@ -455,7 +456,9 @@ def test_fits_tells_decoder_layers_from_others():
 
 @pytest.mark.parametrize("shape", [(3, {}), (2, {"stride": 2, "padding": 1}), (1, {"dilation": 2}), (2, {"channels_last": True})])
 @pytest.mark.parametrize("key", ["lora", "vera", "tt_lora"])
-def test_convolutions_without_groups_run_as_one_node(key, shape):
+@pytest.mark.parametrize("merged", [True, False])
+def test_convolutions_without_groups_run_as_one_node(key, shape, merged, monkeypatch):
+    monkeypatch.setattr(convolution, "WRITE", 0 if merged else 1e9)
     torch.manual_seed(0)
     dim, options = shape[0], dict(shape[1])
     last = options.pop("channels_last", False)
@@ -483,6 +486,27 @@ def test_convolutions_without_groups_run_as_one_node(key, shape):
         want = derived()
     for a, b in zip(derived(), want, strict=True):
         assert gap(a, b) < 1e-12
+
+
+def test_the_kernel_is_merged_where_there_are_many_positions():
+    """(W + s B A) * x takes the narrow products only for dA and dB, and keeps x alone; in bf16 the sum would lose B A."""
+    torch.manual_seed(0)
+    A, weight, one = torch.randn(2, 36), torch.randn(8, 4, 3, 3), ((1, 1), (1, 1), (1, 1), 1)
+    assert not convolution.merges(torch.randn(1, 4, 4, 4), weight, A, one)
+    assert convolution.merges(torch.randn(1, 4, 32, 32), weight, A, one)
+    assert not convolution.merges(torch.randn(1, 4, 32, 32), weight, A, ((16, 16), (1, 1), (1, 1), 1))
+    assert not convolution.merges(torch.randn(1, 4, 32, 32, dtype=torch.bfloat16), weight, A, one)
+    with warnings.catch_warnings(), torch.backends.mkldnn.flags(enabled=True, fp32_precision="bf16"):
+        warnings.simplefilter("ignore")  # the flags complain when they are put back
+        assert not convolution.merges(torch.randn(1, 4, 32, 32), weight, A, one)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1))
+    ol.adapt(model, ol.method("lora", r=2), ["0"])
+    for size, h in ((4, [(1, 2, 4, 4)]), (32, [])):
+        held = []
+        keep = held.append
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, keep=keep: keep(tuple(t.shape)) or t, lambda t: t):
+            model(torch.randn(1, 4, size, size))
+        assert sorted(held) == sorted([(1, 4, size, size), (8, 4, 3, 3), (2, 36), (8, 2), *h])
 
 
 # -- several slots at once -----------------------------------------------------------------------------------------------------------------
