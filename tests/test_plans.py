@@ -18,7 +18,7 @@ import omnilora as ol
 from omnilora.contract import shake
 from omnilora.plans import convolution, elementwise, executor, native
 from omnilora.plans.blocks import host, llama
-from omnilora.plans.node import Products, products
+from omnilora.plans.node import LowRank, Products, products
 from omnilora.plans.product import Drop, Line
 
 METHODS = {
@@ -437,14 +437,15 @@ def test_a_form_that_reads_the_context_is_built_anew_at_every_call():
             assert gap(model(x), whole) > 1e-3
 
 
-def test_a_node_keeps_x_once_and_nothing_wide():
+@pytest.mark.parametrize("dropped", [Drop(), Drop(0.1, (1, 2))])
+def test_a_node_keeps_x_once_and_nothing_wide(dropped):
     torch.manual_seed(0)
     x, w = torch.randn(10, 8, requires_grad=True), torch.randn(6, 8)
     line = Line(w, None, 1.0, A=torch.randn(2, 8, requires_grad=True), B=torch.randn(6, 2, requires_grad=True))
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.shape) or t, lambda t: t):
-        (y,) = products(x, (line,), Drop())
-    assert y.grad_fn.name() == Products.__name__ + "Backward"
+        (y,) = products(x, (line,), dropped)
+    assert y.grad_fn.name() == (Products if dropped else LowRank).__name__ + "Backward"
     assert sorted(map(tuple, held)) == [(2, 8), (6, 2), (10, 2), (10, 8)]
 
 

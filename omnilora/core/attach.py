@@ -384,7 +384,7 @@ def _entry(model: nn.Module, args: Any, kwargs: Any) -> None:
     if hub.run is not None:
         hub.run.on_forward(model)
     if not hub.merged:
-        together.make(hub, slots(model), active)
+        together.make(hub, lambda: slots(model), active)
     _sources(model, hub, active, args, kwargs)
 
 

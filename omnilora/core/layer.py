@@ -25,7 +25,7 @@ from omnilora.errors import AttachError, ContextError, NotExpressible
 
 executor: Callable[[Op, Tensor, Geometry], Tensor] | None = None  # applies an adapted map; None: by its tree
 rows_executor: Callable[..., Any] | None = None  # runs a layer whose rows differ, or says NotImplemented; None: group by group
-quicken: Callable[[Any, Adapters], None] | None = None  # finds a layer's short way without gradients
+quicken: Callable[[Any, Adapters], None] | None = None  # finds a layer's short way
 placed: list[Callable[[nn.Module, Hub], None]] = []  # told of a model after adapters were put on it
 removed: list[Callable[[nn.Module], None]] = []  # and after they were taken off
 
@@ -61,7 +61,7 @@ class Adapters(nn.Module):
         self.slots: dict[str, list[Slot]] = {}
         self.counts: dict[str, int] = {}  # name of a site → its slots here
         self.merged: dict[str, Tensor] = {}  # dense weights in place of stores that cannot be written
-        self.quick: Callable[[Tensor], Any] | None = None  # y; None: not for this call; NotImplemented: for no call any more
+        self.quick: Any = None  # called with x: y; None: not for this call; NotImplemented: for no call any more
         self.asked = -1  # the hub's epoch at which ``quick`` was made, or found not to be there
 
     def __getstate__(self) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def run(layer: Any, mine: Adapters, forward: Callable[..., Any], args: tuple[Any
         visits.add(id(mine))
     if ctx.rows is not None:
         return _run_rows(layer, mine, ctx, ctx.rows, forward, args, kwargs)
-    if quicken is not None and not torch.is_grad_enabled() and mine.asked != hub.epoch:
+    if quicken is not None and mine.asked != hub.epoch:
         quicken(layer, mine)
         if mine.quick is not None and not kwargs and len(args) == 1:  # from the first call on: one that rounds otherwise is none
             y = mine.quick(args[0])

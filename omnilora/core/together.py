@@ -7,7 +7,7 @@ recomputation in the backward pass, whose steps must be those of the first run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from omnilora.core.parameterization import Parameterization, Slot
 Group = list[Slot]
 
 
-def make(hub: Hub, slots: Iterable[Slot], used: set[str]) -> None:
-    """For the adapters ``used`` of a forward with gradients; nested forms and function transforms work alone."""
+def make(hub: Hub, slots: Callable[[], Iterable[Slot]], used: set[str]) -> None:
+    """For the adapters ``used`` of a forward with gradients; nested forms and function transforms work alone. ``slots``: gives
+    those of the model, asked for after a change."""
     if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None or hub.context().recomputed:
         return
     if hub.groups is None or hub.groups[0] != hub.epoch:
-        hub.groups = hub.epoch, _grouped(slots)
+        hub.groups = hub.epoch, _grouped(slots())
     found: dict[Slot, Any] = {}
     for group in hub.groups[1]:
         if group[0].adapter in used:

@@ -101,10 +101,15 @@ def line_of(normal: Normal, x: Tensor, flat: Tensor, geo: Geometry, dropped: Dro
     if not normal.low:
         return Line(weight, bias, y0=y0, c=normal.c, b=normal.b)
     s, a, b, d = joined(normal.low, x)
-    h = None
-    if torch.is_grad_enabled() and not a.requires_grad:  # x need not be kept for A's sake: h comes from outside
-        h, a = torch.nn.functional.linear(Dropped.apply(flat, dropped) if dropped else flat, like(a, x)), None  # type: ignore[assignment]
-    return Line(weight, bias, s, y0, h, a, b, d, normal.c, normal.b)
+    return ready(Line(weight, bias, s, y0, None, a, b, d, normal.c, normal.b), flat, dropped)
+
+
+def ready(line: Line, flat: Tensor, dropped: Drop) -> Line:
+    """``line`` for a pass over ``flat``: where A does not learn, x need not be kept for its sake, and h comes from outside."""
+    if line.A is None or line.A.requires_grad or not torch.is_grad_enabled():
+        return line
+    x: Tensor = Dropped.apply(flat, dropped) if dropped else flat
+    return line._replace(h=torch.nn.functional.linear(x, like(line.A, x)), A=None)
 
 
 def constants_of(base: Op, x: Tensor) -> tuple[Tensor | None, Tensor | None]:

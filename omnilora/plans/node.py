@@ -6,10 +6,51 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from omnilora.plans.elementwise import drop
-from omnilora.plans.product import LEARNED, A, C, Drop, Kept, Line, Wanted, backward, formula, forward, narrow_side
+from omnilora.plans.product import (
+    LEARNED,
+    A,
+    C,
+    Drop,
+    Kept,
+    Line,
+    Wanted,
+    backward,
+    cast,
+    formula,
+    forward,
+    narrow_side,
+    narrowed,
+    outer,  # fmt: skip
+)
+
+
+class LowRank(torch.autograd.Function):
+    """x (tokens, in) → y = x Wᵀ + bias + s (x Aᵀ) Bᵀ: the most frequent line, with no step that it does not need."""
+
+    @staticmethod
+    def forward(ctx: Any, line: Line, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        y = F.linear(x, line.W, line.bias)  # type: ignore[arg-type]
+        h = x @ cast(A, x.dtype).t()
+        ctx.line = line
+        ctx.save_for_backward(x, A, B, h)
+        return y.addmm_(h, cast(B, x.dtype).t(), alpha=line.s)
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor) -> tuple[Any, ...]:
+        x, A, B, h = ctx.saved_tensors
+        line, (_, *needs) = ctx.line, ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return None, *derivatives(lambda x, A, B: formula(x, (line._replace(A=A, B=B),), Drop()), gs, (x, A, B), needs)
+        g = gs[0].contiguous()
+        a, b = cast(A, g.dtype), cast(B, g.dtype)
+        gh = narrowed(g, b, line.s)
+        dx = (g @ line.W).addmm_(gh, a) if needs[0] else None
+        dA = cast(gh.t() @ x, A.dtype) if needs[1] else None
+        return None, dx, dA, cast(outer(g, h, b, line.s), B.dtype) if needs[2] else None
 
 
 class Products(torch.autograd.Function):
@@ -73,10 +114,18 @@ def derivatives(f: Callable[..., Sequence[Tensor]], gs: Any, inputs: Any, needs:
 
 def products(x: Tensor, lines: tuple[Line, ...], dropped: Drop) -> tuple[Tensor, ...]:
     """x (tokens, in) → every y, as a node where gradients are wanted and plainly where they are not."""
+    if len(lines) == 1 and not dropped and _bare(line := lines[0]) and torch.is_grad_enabled():
+        return (LowRank.apply(Line(line.W, line.bias, line.s), x, line.A, line.B),)
     learned = [t for line in lines for t in line.learned]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in learned)):
         return Products.apply(constants(lines), dropped, x, *learned)  # type: ignore[no-any-return]
     return tuple(forward(x, lines, dropped)[0])
+
+
+def _bare(line: Line) -> bool:
+    """Whether the line is W + s B A and nothing else."""
+    parts = line.y0, line.h, line.D, line.c, line.b
+    return line.W is not None and line.A is not None and line.B is not None and all(t is None for t in parts)
 
 
 class Dropped(torch.autograd.Function):

@@ -9,7 +9,7 @@ and, where there is a magnitude c, y. Dropout is made again from its seed. The b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,20 +59,8 @@ class Drop:
         return self.p > 0.0
 
 
-def scaled_(h: Tensor, lines: tuple[Line, ...], where: list[slice]) -> Tensor:
-    """h (tokens, ΣR), each line's part by its s, in place."""
-    factors = {k.s for k in lines if k.A is not None}
-    if len(factors) == 1:
-        (s,) = factors
-        return h if s == 1.0 else h.mul_(s)
-    for line, span in zip(lines, where):
-        if line.A is not None and line.s != 1.0:
-            h[:, span].mul_(line.s)
-    return h
-
-
 class Kept(NamedTuple):
-    """What a forward pass leaves: s h (tokens, ΣR) of all lines; of those with magnitudes y = c ⊙ z, or z where b is added."""
+    """What a forward pass leaves: h (tokens, ΣR) of all lines; of those with magnitudes y = c ⊙ z, or z where b is added."""
 
     h: Tensor | None
     y: tuple[Tensor | None, ...]
@@ -104,16 +92,15 @@ def forward(x: Tensor, lines: tuple[Line, ...], dropped: Drop, into: Tensor | No
     """x (tokens, in) → every y (tokens, out). ``into`` (one line): the base's product is added to this tensor, out of place."""
     a = stacked(lines, x.dtype)
     where = spans(lines)
-    h = None if a is None else scaled_((drop(x, dropped.seed, dropped.p) if dropped else x) @ a.t(), lines, where)
+    h = None if a is None else (drop(x, dropped.seed, dropped.p) if dropped else x) @ a.t()
     ys, magnified = [], []
     for line, span in zip(lines, where):
         y = _based(x, line, into)
         if line.B is not None:
-            u = line.h if line.A is None else h[:, span]  # type: ignore[index]
+            u: Any = line.h if line.A is None else _part(h, span)
             u = u if line.D is None else u * cast(line.D, u.dtype)
             b = cast(line.B, u.dtype).t()
-            alpha = line.s if line.A is None else 1.0
-            y = torch.addmm(y, u, b, alpha=alpha) if line.W is None else y.addmm_(u, b, alpha=alpha)
+            y = torch.addmm(y, u, b, alpha=line.s) if line.W is None else y.addmm_(u, b, alpha=line.s)
         elif line.W is None and (line.c is not None or line.b is not None):
             y = y.clone()
         if line.c is not None and not divides(line, y.dtype):
@@ -160,8 +147,8 @@ class Wanted(NamedTuple):
 
 def backward(gs: tuple[Tensor | None, ...], lines: tuple[Line, ...], dropped: Drop, kept_: Kept,
              want: Wanted) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:  # fmt: skip
-    """(dx, gradients of the learned tensors of every line in order, dh (tokens, ΣR)); those of the A's come from
-    :func:`narrow_side`, which alone needs x."""
+    """(dx, gradients of the learned tensors of every line in order, dh (tokens, ΣR), each line's by its s); those of the A's come
+    from :func:`narrow_side`, which alone needs x."""
     some = next(g for g in gs if g is not None)
     a, where = stacked(lines, some.dtype), spans(lines)
     gh = None if a is None else some.new_empty(some.shape[0], a.shape[0])
@@ -187,14 +174,11 @@ def backward(gs: tuple[Tensor | None, ...], lines: tuple[Line, ...], dropped: Dr
         if want.x and line.W is not None:
             dx = g @ line.W if dx is None else dx.addmm_(g, line.W)
         if line.B is not None:
-            part = _narrow(g, line, line.h if line.A is None else kept_.h[:, span], wants, grads)  # type: ignore[index]
+            h, into = (line.h, None) if line.A is None else (_part(kept_.h, span), _part(gh, span))
+            part = _narrow(g, line, h, into, wants, grads)
             if line.A is None:
                 grads[H] = part if wants[H] else None
-            else:
-                gh[:, span] = part  # type: ignore[index]
         out += grads
-    if gh is not None:
-        scaled_(gh, lines, where)
     if gh is not None and want.x:
         if dropped:
             through = gh @ a  # type: ignore[operator]
@@ -204,20 +188,40 @@ def backward(gs: tuple[Tensor | None, ...], lines: tuple[Line, ...], dropped: Dr
     return dx, out, gh
 
 
-def _narrow(g: Tensor, line: Line, h: Tensor | None, wants: tuple[bool, ...], grads: list[Tensor | None]) -> Tensor:
-    """Gradients of B and D into ``grads``; that of h. ``h`` carries s where it was made here, and its gradient does not yet."""
+def _part(h: Any, span: slice) -> Any:
+    return h if span.stop - span.start == h.shape[1] else h[:, span]
+
+
+def _narrow(g: Tensor, line: Line, h: Any, into: Tensor | None, wants: tuple[bool, ...], grads: list[Tensor | None]) -> Tensor:
+    """Gradients of B and D into ``grads``; that of h, into ``into`` where it is given."""
     b, diagonal = cast(line.B, g.dtype), None if line.D is None else cast(line.D, g.dtype)  # type: ignore[arg-type]
     if wants[B]:
-        u = h if diagonal is None else h * diagonal
-        dB = u.t() @ g
-        grads[B] = cast(dB if line.A is not None else dB.mul_(line.s), line.B.dtype).t()  # type: ignore[union-attr]
-    part = g @ b if line.A is not None else (g @ b).mul_(line.s)
+        grads[B] = cast(outer(g, h if diagonal is None else h * diagonal, b, line.s), line.B.dtype)  # type: ignore[union-attr]
+    part = narrowed(g, b, line.s, into)
     if diagonal is not None:
         if wants[D]:
-            dD = part * h if diagonal.dim() > 1 else (wide(part) * wide(h)).sum(0)  # type: ignore[arg-type]
+            dD = part * h if diagonal.dim() > 1 else (wide(part) * wide(h)).sum(0)
             grads[D] = dD.to(line.D.dtype)  # type: ignore[union-attr]
         part = part.mul_(diagonal)
     return part
+
+
+def narrowed(g: Tensor, b: Tensor, s: float, into: Tensor | None = None) -> Tensor:
+    """s g B (tokens, r); s is part of the product, for a pass of its own costs more."""
+    into = g.new_empty(g.shape[0], b.shape[1]) if into is None else into
+    return into.addmm_(g, b.t().contiguous().t() if _thin(b) else b, beta=0, alpha=s)
+
+
+def outer(g: Tensor, u: Tensor, b: Tensor, s: float) -> Tensor:
+    """s gᵀ u (out, r), from the side on which the libraries are faster."""
+    if g.dtype == torch.float32 and not _thin(b):
+        return torch.addmm(b, g.t(), u, beta=0, alpha=s)
+    return torch.addmm(b.t(), u.t(), g, beta=0, alpha=s).t()
+
+
+def _thin(b: Tensor) -> bool:
+    """Whether the library is slow at products of fp32 with b (out, r) as it lies."""
+    return b.dtype == torch.float32 and b.shape[1] < 16
 
 
 def narrow_side(gh: Tensor | None, x: Tensor | None, lines: tuple[Line, ...], dropped: Drop, want: Wanted,

@@ -1,11 +1,12 @@
-"""One adapted linear layer without gradients, with as little between the call and the products as there can be.
+"""One adapted linear layer, with as little between the call and the products as there can be.
 
-    y = c ⊙ (x Wᵀ + bias + s (D ⊙ x Aᵀ) Bᵀ) + b
+    y = c ⊙ (x Wᵀ + bias + s (D ⊙ drop(x) Aᵀ) Bᵀ) + b
 
-A closure over the layer's own tensors. LoRA's factors are read where they are. What must be computed first (a norm, a tensor
-train, another dtype) is a copy, good as long as :class:`~omnilora.plans.seen.Seen`, the epoch and the count of optimizers' steps
-say so. A closure answers None to a call that is not of the kind it was made for, and NotImplemented where something has changed;
-the layer's general forward answers instead, and in the second case has the closure made again.
+A short way over the layer's own tensors, for the active set. Factors that are the slot's own parameters are read where they are,
+with gradients and without. What must be computed first (a norm, a tensor train, another dtype) is a copy, for calls without
+gradients only, good as long as :class:`~omnilora.plans.seen.Seen`, the epoch and the count of optimizers' steps say so. A short way
+answers None to a call that is not of the kind it was made for, and NotImplemented where something has changed; the layer's general
+forward answers instead, and in the second case has the short way made again.
 """
 
 from __future__ import annotations
@@ -23,14 +24,18 @@ from omnilora.core.layer import Adapters, build
 from omnilora.core.site import Base
 from omnilora.core.standin import own_class
 from omnilora.plans import executor, steps
-from omnilora.plans.elementwise import magnify_
-from omnilora.plans.normal import Normal, lower
-from omnilora.plans.product import Line, divides, factor
+from omnilora.plans.elementwise import draw_seed, magnify_
+from omnilora.plans.node import products
+from omnilora.plans.normal import Low, Normal, lower
+from omnilora.plans.product import Drop, Line, divides, factor
 from omnilora.plans.ragged import Job, few, function
 from omnilora.plans.seen import Seen
 
 MOST = 512  # jobs that a layer keeps: one for each number of tokens
 Quick = Callable[[Tensor], Any]  # y, None or NotImplemented
+Pairs = list[tuple[Any, Any]]  # slots of the active set with their weights
+KEEP = Drop()
+
 
 class _Read(Exception):
     """A form looked at the context: its map is not one for all calls."""
@@ -43,12 +48,25 @@ class _Blind(Context):
 
 
 def quicken(layer: Any, mine: Adapters) -> None:
-    """Put on ``mine`` the closure for the active set, or None where the map is no low-rank term beside a plain weight."""
+    """Put on ``mine`` the short way for the active set, or None where the map is no low-rank term beside a plain weight."""
     if executor.serves():
         mine.quick, mine.asked = _made(layer, mine), mine.hub.epoch
 
 
-def _made(layer: Any, mine: Adapters) -> Quick | None:
+def standing(layer: Any, mine: Adapters) -> Normal | None:
+    """The layer's normal form under the active set where it needs no building: over parameters that are the slot's own."""
+    if mine.asked != mine.hub.epoch:
+        quicken(layer, mine)
+    found = mine.quick
+    if found is None or found.own is None:
+        return None
+    if found.still() and found.own.still():
+        return found.normal
+    mine.asked = -1
+    return None
+
+
+def _made(layer: Any, mine: Adapters) -> Short | None:
     hub = mine.hub
     pairs = [(s, w) for name, w in hub.active for s in mine.slots.get(name, ())]
     if not pairs or mine.inner is not None or own_class(layer).forward is not nn.Linear.forward:
@@ -62,54 +80,102 @@ def _made(layer: Any, mine: Adapters) -> Quick | None:
         return None
     if normal.base is None or not normal.low or executor.constants_of(normal.base, layer.weight)[0] is None:
         return None
-    if any(k.p or k.gates for k in normal.low) or not torch.equal(before, torch.get_rng_state()):
+    if any(k.gates for k in normal.low) or not torch.equal(before, torch.get_rng_state()):
         return None
-    call = _direct(layer, pairs, normal) or _held(layer, pairs, normal)
-    if call is None:
-        return None
-    active, epoch, local, dtype = hub.active, hub.epoch, hub.local, layer.weight.dtype
-    scales = [(s, s.scale, s.how, s.training) for s, _ in pairs]
-    grad, me = torch.is_grad_enabled, id(mine)
+    made = Short(layer, mine, pairs, normal)
+    return None if made.own is None and (made.drops or made.hold() is None) else made
 
-    def quick(x: Tensor) -> Any:
-        if hub.epoch != epoch or hub.active is not active:
+
+class Short:
+    """The short way of one layer. ``own``: for a term over the slot's own parameters, which alone serves calls with gradients."""
+
+    def __init__(self, layer: Any, mine: Adapters, pairs: Pairs, normal: Normal) -> None:
+        self.layer, self.pairs, self.normal = layer, pairs, normal
+        self.hub, self.local, self.me = mine.hub, mine.hub.local, id(mine)
+        self.active, self.epoch, self.dtype = self.hub.active, self.hub.epoch, layer.weight.dtype
+        self.scales = [(s, s.scale, s.how, s.training) for s, _ in pairs]
+        self.drops = any(k.p for k in normal.low)
+        self.own = Own.of(layer, pairs, normal)
+        self.call: Quick | None = None
+
+    def __call__(self, x: Tensor) -> Any:
+        hub, learns = self.hub, torch.is_grad_enabled()
+        if hub.epoch != self.epoch or hub.active is not self.active:
             return NotImplemented
-        if hub.merged or local.context is not EMPTY or grad():
+        if hub.merged or self.local.context is not EMPTY or (self.own is None if learns else self.drops):
             return None
-        if not executor.plain(x) or x.dtype is not dtype:
+        if not executor.plain(x) or x.dtype is not self.dtype:
             return None
-        for slot, scale, how, training in scales:
+        if not self.still():
+            return NotImplemented
+        if (visits := self.local.visits) is not None:
+            visits.add(self.me)
+        if learns:
+            return self.own.learn(x)  # type: ignore[union-attr]
+        call = self.call or self.hold()
+        return None if call is None else call(x)
+
+    def still(self) -> bool:
+        for slot, scale, how, training in self.scales:
             if slot.scale != scale or slot.how is not how or slot.training is not training:
-                return NotImplemented
-        if (visits := local.visits) is not None:
-            visits.add(me)
-        return call(x)
+                return False
+        return True
 
-    return quick
+    def hold(self) -> Quick | None:
+        """What answers calls without gradients."""
+        self.call = _direct(self.own) or _held(self.layer, self.pairs, self.normal)
+        return self.call
 
 
-def _direct(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick | None:
-    """For one term whose factors are the slot's own parameters: nothing is copied."""
-    (low, *more), (slot, _) = normal.low, pairs[0]
-    params, own = layer._parameters, slot._parameters
-    names = {id(t): n for n, t in own.items()}
-    whole = isinstance(normal.base, Base) and normal.c is None and normal.b is None and low.D is None
-    if more or not whole or id(low.A) not in names or id(low.B) not in names:
+class Own:
+    """One term whose factors are a slot's own parameters, beside the layer's own weight: nothing is computed or copied."""
+
+    def __init__(self, layer: Any, slot: Any, names: tuple[str | None, ...], low: Low) -> None:
+        self.params, self.table, self.low = layer._parameters, slot._parameters, low
+        self.w, self.dtype = layer.weight, layer.weight.dtype
+        self.factors = [(name, t) for name, t in zip(names, (low.A, low.B, low.D)) if t is not None]
+
+    @classmethod
+    def of(cls, layer: Any, pairs: Pairs, normal: Normal) -> Own | None:
+        (low, *more), (slot, _) = normal.low, pairs[0]
+        names = {id(t): n for n, t in slot._parameters.items() if t is not None}
+        inside = all(t is None or id(t) in names for t in (low.A, low.B, low.D))
+        whole = isinstance(normal.base, Base) and normal.c is None and normal.b is None
+        if more or not inside or not whole or layer._parameters.get("weight") is not executor.constants_of(normal.base, layer.weight)[0]:
+            return None
+        return cls(layer, slot, tuple(None if t is None else names[id(t)] for t in (low.A, low.B, low.D)), low)
+
+    def still(self) -> bool:
+        if self.params.get("weight") is not self.w or self.w.dtype is not self.dtype:
+            return False
+        return all(self.table.get(name) is t for name, t in self.factors)
+
+    def learn(self, x: Tensor) -> Any:
+        """y of a call with gradients."""
+        if not self.still():
+            return NotImplemented
+        if torch._C._current_graph_task_id() != -1 or any(p is not None and p.requires_grad for p in self.params.values()):
+            return None
+        low, flat = self.low, x.reshape(-1, x.shape[-1])
+        dropped = Drop(low.p, draw_seed()) if low.p else KEEP
+        line = Line(self.w, self.params.get("bias"), low.s, A=low.A, B=low.B, D=low.D)
+        (y,) = products(flat, (executor.ready(line, flat, dropped),), dropped)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _direct(own: Own | None) -> Quick | None:
+    """For factors in the data's dtype: nothing is copied."""
+    if own is None or own.low.D is not None or own.low.A.dtype != own.dtype or own.low.B.dtype != own.dtype:
         return None
-    a_name, b_name, a, b, w = names[id(low.A)], names[id(low.B)], low.A, low.B, params.get("weight")
-    if w is None or a.dtype != w.dtype or b.dtype != w.dtype:
-        return None
-    dtype, add = w.dtype, _Update(a, b, low.s)
+    still, w, params, add = own.still, own.w, own.params, _Update(own.low.A, own.low.B, own.low.s)
 
     def call(x: Tensor) -> Any:
-        if params.get("weight") is not w or own.get(a_name) is not a or own.get(b_name) is not b or w.dtype is not dtype:
-            return NotImplemented
-        return add(x, F.linear(x, w, params.get("bias")))
+        return add(x, F.linear(x, w, params.get("bias"))) if still() else NotImplemented
 
     return call
 
 
-def _held(layer: Any, pairs: list[tuple[Any, Any]], normal: Normal) -> Quick | None:
+def _held(layer: Any, pairs: Pairs, normal: Normal) -> Quick | None:
     """For everything else: factors made once, and what they were made from."""
     seen = Seen([*(m for slot, _ in pairs for m in slot.modules()), layer], written=True)
     if not seen.tellable:

@@ -24,6 +24,7 @@ from omnilora.plans.executor import constants_of, joined
 from omnilora.plans.node import constants, products
 from omnilora.plans.normal import Normal, lower
 from omnilora.plans.product import Drop, Line
+from omnilora.plans.quick import standing
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -101,6 +102,8 @@ def normal_of(module: nn.Module, ctx: Context, x: Tensor) -> Normal:
     mine = module.adapters
     if own_class(module).forward is not nn.Linear.forward or mine.inner is not None or mine.merged:
         raise Declined("a linear layer has a forward of its own")
+    if ctx.active is None and (found := standing(module, mine)) is not None:
+        return found
     active = mine.hub.active if ctx.active is None else ctx.active
     pairs = [(s, w) for name, w in active if name in mine.slots for s in mine.slots[name] if s.site.kind != "source"]
     if not pairs:
