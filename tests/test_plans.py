@@ -207,6 +207,7 @@ def test_native_kernels_equal_their_fallbacks(dtype, monkeypatch):
     x, g, add, u = (torch.randn(37, 48).to(dtype) for _ in range(4))
     w, seed = torch.randn(48).to(dtype), (11, 2**32 - 1)
     c = torch.randn(48)
+    c[3] = 0.0
     angle = torch.randn(1, 37, 12)
     cosine, sine = torch.cat((angle.cos(),) * 2, -1).to(dtype), torch.cat((angle.sin(),) * 2, -1).to(dtype)
     heads = torch.randn(2, 2, 37, 24).to(dtype).transpose(1, 2)
@@ -217,13 +218,34 @@ def test_native_kernels_equal_their_fallbacks(dtype, monkeypatch):
         return [y, z, rstd, elementwise.rms_backward(g, x, w, rstd, add), elementwise.rms_backward(g, x, w, rstd, None, 1.0),
                 elementwise.gated(x, u), *elementwise.gated_backward(g, x, u), elementwise.rope(heads, cosine, sine),
                 elementwise.rope(heads, cosine, sine, back=True), elementwise.drop(x, seed, 0.3),
-                elementwise.drop_add_(u.clone(), x, seed, 0.3), elementwise.magnify_(x.clone(), c), *elementwise.magnify_backward(g, u, c)]  # fmt: skip
+                elementwise.drop_add_(u.clone(), x, seed, 0.3), elementwise.magnify_(x.clone(), c), *elementwise.magnify_backward(g, u, c, False),
+                *elementwise.magnify_backward(g, u, c, True)]  # fmt: skip
 
     fast = run()
     monkeypatch.setattr(elementwise, "serves", lambda *t: False)
     for a, b in zip(fast, run(), strict=True):
         assert gap(a, b) < (1e-6 if dtype == torch.float32 else 4e-3)  # bf16 keeps 8 bits: half a unit is 2e-3
     assert torch.equal(fast[11] == 0, elementwise.drop(x, seed, 0.3) == 0)
+
+
+@pytest.mark.skipif(native.library() is None, reason="no native kernels here")
+def test_norms_of_a_low_rank_sum_come_from_one_kernel_where_nobody_follows_them(monkeypatch):
+    torch.manual_seed(0)
+    w, b, a = torch.randn(19, 12), torch.randn(19, 5), torch.randn(5, 12)
+    want = (w.double() + b.double() @ a.double()).square().sum(-1)
+    with torch.no_grad():
+        args = w.square().sum(-1), w @ a.t(), b, a
+        assert gap(executor.squares(*args), want) < 1e-6
+        with executor.off():
+            assert executor.squares(*args) is None
+        torch.func.vmap(lambda t: (t, executor.squares(args[0], args[1], t, a) is None or 1 / 0)[0])(b.unsqueeze(0))
+        model = ol.adapt(nn.Sequential(nn.Linear(12, 19)), ol.method("dora", r=5))
+        count = []
+        was = elementwise.call
+        monkeypatch.setattr(elementwise, "call", lambda name, *rest: (count.append(name), was(name, *rest))[1])
+        model(torch.randn(40, 12))
+    assert "low_rank_squares" in count
+    assert executor.squares(*args) is None  # with gradients
 
 
 # -- who is not served -------------------------------------------------------------------------------------------------------------------
@@ -612,11 +634,11 @@ def test_a_merged_layer_and_another_active_set_leave_the_short_way():
 def test_kernels_do_not_read_the_default_dtype(default):
     torch.manual_seed(0)
     x, w, c = torch.randn(40, 8), torch.randn(8), torch.randn(8)
-    want = [*elementwise.rms_forward(x, w, 1e-6), *elementwise.magnify_backward(x, x.flip(0), c)]
+    want = [*elementwise.rms_forward(x, w, 1e-6), *elementwise.magnify_backward(x, x.flip(0), c, False)]
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:
-        found = [*elementwise.rms_forward(x, w, 1e-6), *elementwise.magnify_backward(x, x.flip(0), c)]
+        found = [*elementwise.rms_forward(x, w, 1e-6), *elementwise.magnify_backward(x, x.flip(0), c, False)]
     finally:
         torch.set_default_dtype(before)
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))

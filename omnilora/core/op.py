@@ -23,6 +23,7 @@ from torch import Tensor
 from omnilora.errors import NotMergeable
 
 Scalar = float | Tensor
+low_rank_squares: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor | None] | None = None  # see Sum.squares; None: by its formula
 
 
 def like(t: Tensor, x: Tensor) -> Tensor:
@@ -255,8 +256,9 @@ class Sum(Op):
         if ba is None:
             return super().squares(geo)
         b, a = _wide(ba[0]), geo.visible(_wide(ba[1]))
-        w_a = self.left.matrix(geo).to(a.dtype) @ a.mT
-        return self.left.squares(geo) + ((2 * w_a + b @ (a @ a.mT)) * b).sum(-1)
+        w, w_a = self.left.squares(geo), self.left.matrix(geo).to(a.dtype) @ a.mT
+        found = None if low_rank_squares is None else low_rank_squares(w, w_a, b, a)
+        return w + ((2 * w_a + b @ (a @ a.mT)) * b).sum(-1) if found is None else found
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         left, right = self.left.factors(), self.right.factors()

@@ -145,18 +145,35 @@ def drop_add_(to: Tensor, v: Tensor, seed: Seed, p: float) -> Tensor:
 # -- magnitudes --------------------------------------------------------------------------------------------------------------
 
 
+def away(c: Tensor) -> Tensor:
+    """c in fp32 or wider, kept from 0 by 1e-20, so that y / c always tells z."""
+    c = wide(c)
+    return torch.where(c.abs() < 1e-20, 1e-20, c)
+
+
 def magnify_(y: Tensor, c: Tensor) -> Tensor:
-    """y = c ⊙ y in place; c (out,) in fp32 or wider."""
-    if serves(y) and c.dtype == torch.float32:
+    """y = away(c) ⊙ y in place; c (out,)."""
+    if c.dtype == torch.float32 and c.is_contiguous() and serves(y):
         call("scale_columns", y.dtype, y, c, y, *y.shape)
         return y
-    return y.mul_(c.to(y.dtype))
+    return y.mul_(away(c).to(y.dtype))
 
 
-def magnify_backward(g: Tensor, y: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """(c ⊙ g, Σ over tokens of g ⊙ y), the sum in fp32 or wider."""
-    if serves(g, y) and c.dtype == torch.float32:
+def magnify_backward(g: Tensor, y: Tensor, c: Tensor, divided: bool) -> tuple[Tensor, Tensor]:
+    """(away(c) ⊙ g, Σ over tokens of g ⊙ y, over away(c) where ``divided``), the sum in fp32 or wider."""
+    if c.dtype == torch.float32 and c.is_contiguous() and serves(g, y):
         gz, total = torch.empty_like(g), torch.empty(g.shape[1], dtype=torch.float32, device=g.device)
-        call("scale_backward", g.dtype, g, y, c, gz, total, *g.shape)
+        call("scale_backward", g.dtype, g, y, c, gz, total, *g.shape, int(divided))
         return gz, total
-    return g * c.to(g.dtype), (wide(g) * wide(y)).sum(0)
+    c = away(c)
+    total = (wide(g) * wide(y)).sum(0)
+    return g * c.to(g.dtype), total / c if divided else total
+
+
+def low_rank_squares(w: Tensor, u: Tensor, b: Tensor, a: Tensor) -> Tensor | None:
+    """Squared norms (out,) of the rows of W + B A from ‖W‖² (out,), W Aᵀ (out, r), B and A, constant; None: not by a kernel."""
+    if torch.is_grad_enabled() or b.dim() != 2 or b.dtype != torch.float32 or not serves(w, u, b):
+        return None
+    n = torch.empty_like(w)
+    call("low_rank_squares", w.dtype, w, u, b, a @ a.t(), n, *b.shape)
+    return n

@@ -18,7 +18,7 @@ from torch.utils._device import DeviceContext
 from omnilora.core.op import Geometry, Op, like
 from omnilora.core.site import Base, ConvGeometry
 from omnilora.plans.convolution import convolved
-from omnilora.plans.elementwise import draw_seed
+from omnilora.plans.elementwise import draw_seed, low_rank_squares
 from omnilora.plans.node import Dropped, products
 from omnilora.plans.normal import Low, Normal, lower
 from omnilora.plans.product import Drop, Line
@@ -87,6 +87,11 @@ def execute(op: Op, x: Tensor, geo: Geometry) -> Tensor:
         return op.apply(x, geo)
     (y,) = products(flat, (line,), dropped)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def squares(w: Tensor, u: Tensor, b: Tensor, a: Tensor) -> Tensor | None:
+    """Squared norms of the rows of W + B A by a kernel, where there is one and nobody follows the steps."""
+    return low_rank_squares(w, u, b, a) if plain(b) and plain(u) and type(w) is Tensor else None
 
 
 def line_of(normal: Normal, x: Tensor, flat: Tensor, geo: Geometry, dropped: Drop) -> Line | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from omnilora.core import layer
+from omnilora.core import layer, op
 from omnilora.plans import executor, quick, rows
 from omnilora.plans.blocks import host
 
 layer.executor = executor.execute
+op.low_rank_squares = executor.squares
 layer.quicken = quick.quicken
 layer.rows_executor = rows.execute
 layer.placed.append(host.install)

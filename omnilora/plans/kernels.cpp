@@ -186,6 +186,9 @@ void drop_add(const T* v, T* to, int64_t n, int64_t s0, int64_t s1, int64_t limi
     }
 }
 
+// a factor kept from 0, so that y / c tells z
+inline float away(float c) { return std::fabs(c) < 1e-20f ? 1e-20f : c; }
+
 // y (rows, d) = c ⊙ z; the two may be one array
 template <class T>
 void scale_columns(const T* z, const float* c, T* y, int64_t rows, int64_t d) {
@@ -194,13 +197,13 @@ void scale_columns(const T* z, const float* c, T* y, int64_t rows, int64_t d) {
         const T* zt = z + t * d;
         T* yt = y + t * d;
 #pragma omp simd
-        for (int64_t i = 0; i < d; ++i) store(yt[i], c[i] * value(zt[i]));
+        for (int64_t i = 0; i < d; ++i) store(yt[i], away(c[i]) * value(zt[i]));
     }
 }
 
-// gz = c ⊙ g;  sum[i] = Σ_t g ⊙ y
+// gz = c ⊙ g;  sum[i] = Σ_t g ⊙ y, over c where `divided`
 template <class T>
-void scale_backward(const T* g, const T* y, const float* c, T* gz, float* sum, int64_t rows, int64_t d) {
+void scale_backward(const T* g, const T* y, const float* c, T* gz, float* sum, int64_t rows, int64_t d, int64_t divided) {
     std::fill(sum, sum + d, 0.f);
 #pragma omp parallel if (rows * d > GRAIN)
     {
@@ -214,11 +217,30 @@ void scale_backward(const T* g, const T* y, const float* c, T* gz, float* sum, i
             for (int64_t i = 0; i < d; ++i) {
                 float go = value(gt[i]);
                 held[i] += go * value(yt[i]);
-                store(out[i], go * c[i]);
+                store(out[i], go * away(c[i]));
             }
         }
 #pragma omp critical
         for (int64_t i = 0; i < d; ++i) sum[i] += held[i];
+    }
+    if (divided)
+        for (int64_t i = 0; i < d; ++i) sum[i] /= away(c[i]);
+}
+
+// n[i] = w[i] + ⟨2 u_i + b_i G, b_i⟩: squared norms of the rows of W + B A, with w = ‖W‖², u = W Aᵀ (rows, r), G = A Aᵀ
+template <class T>
+void low_rank_squares(const T* w, const T* u, const T* b, const T* gram, T* n, int64_t rows, int64_t r) {
+#pragma omp parallel for schedule(static) if (rows * r * r > GRAIN)
+    for (int64_t i = 0; i < rows; ++i) {
+        const T *ui = u + i * r, *bi = b + i * r;
+        T sum = 0;
+        for (int64_t k = 0; k < r; ++k) {
+            T inner = 0;
+#pragma omp simd reduction(+ : inner)
+            for (int64_t j = 0; j < r; ++j) inner += gram[k * r + j] * bi[j];
+            sum += (2 * ui[k] + inner) * bi[k];
+        }
+        n[i] = w[i] + sum;
     }
 }
 
@@ -287,9 +309,12 @@ BOTH(drop_add, P, v, to, n, s0, s1, limit, scale)
 #define P(T) (const T* z, const float* c, T* y, int64_t rows, int64_t d)
 BOTH(scale_columns, P, z, c, y, rows, d)
 #undef P
-#define P(T) (const T* g, const T* y, const float* c, T* gz, float* sum, int64_t rows, int64_t d)
-BOTH(scale_backward, P, g, y, c, gz, sum, rows, d)
+#define P(T) (const T* g, const T* y, const float* c, T* gz, float* sum, int64_t rows, int64_t d, int64_t divided)
+BOTH(scale_backward, P, g, y, c, gz, sum, rows, d, divided)
 #undef P
+void low_rank_squares_f32(const float* w, const float* u, const float* b, const float* gram, float* n, int64_t rows, int64_t r) {
+    low_rank_squares(w, u, b, gram, n, rows, r);
+}
 #define P(T) (T* z, const int64_t* y, float* loss, int64_t rows, int64_t n, float s, int64_t slope)
 BOTH(cross_entropy, P, z, y, loss, rows, n, s, slope)
 #undef P

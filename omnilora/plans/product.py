@@ -108,7 +108,7 @@ def forward(x: Tensor, lines: tuple[Line, ...], dropped: Drop, into: Tensor | No
             y = y * line.c.to(y.dtype)
         else:
             if line.c is not None:
-                magnify_(y, factor(line.c))
+                magnify_(y, line.c)
             magnified.append(y if line.c is not None else None)
         if line.b is not None:
             y.add_(line.b.to(y.dtype))
@@ -121,12 +121,6 @@ def forward(x: Tensor, lines: tuple[Line, ...], dropped: Drop, into: Tensor | No
 def divides(line: Line, dtype: torch.dtype) -> bool:
     """Whether z = y / c gives back what the magnitude met, so that z need not be kept beside y."""
     return line.b is None and dtype != torch.float16
-
-
-def factor(c: Tensor) -> Tensor:
-    """c in fp32 or wider, kept from 0 by 1e-20, so that y / c always tells z."""
-    c = wide(c)
-    return torch.where(c.abs() < 1e-20, 1e-20, c)
 
 
 def _based(x: Tensor, line: Line, into: Tensor | None) -> Tensor:
@@ -164,11 +158,8 @@ def backward(gs: tuple[Tensor | None, ...], lines: tuple[Line, ...], dropped: Dr
         if line.b is not None and wants[OFFSET]:
             grads[OFFSET] = wide(g).sum(0).to(line.b.dtype)
         if line.c is not None:
-            c = factor(line.c)
-            divided = divides(line, g.dtype)
-            g, total = magnify_backward(g, y, c)  # type: ignore[arg-type]
-            if wants[C]:
-                grads[C] = (total / c if divided else total).to(line.c.dtype)
+            g, total = magnify_backward(g, y, line.c, divides(line, g.dtype))  # type: ignore[arg-type]
+            grads[C] = cast(total, line.c.dtype) if wants[C] else None
         if wants[Y0]:
             grads[Y0] = g
         if want.x and line.W is not None:

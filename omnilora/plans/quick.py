@@ -24,10 +24,10 @@ from omnilora.core.layer import Adapters, build
 from omnilora.core.site import Base
 from omnilora.core.standin import own_class
 from omnilora.plans import executor, steps
-from omnilora.plans.elementwise import draw_seed, magnify_
+from omnilora.plans.elementwise import away, draw_seed, magnify_
 from omnilora.plans.node import products
 from omnilora.plans.normal import Low, Normal, lower
-from omnilora.plans.product import Drop, Line, divides, factor
+from omnilora.plans.product import Drop, Line, divides
 from omnilora.plans.ragged import Job, few, function
 from omnilora.plans.seen import Seen
 
@@ -188,7 +188,7 @@ def _held(layer: Any, pairs: Pairs, normal: Normal) -> Quick | None:
     add = _Update(a, b if d is None else b * d, s)
     c = None if normal.c is None else normal.c.detach()
     divided = c is not None and divides(Line(w, bias, b=off), dtype)
-    c = None if c is None else factor(c) if divided else c.to(dtype)
+    c = None if c is None else away(c) if divided else c.to(dtype)
     bias = bias if whole else None
     hub = layer.adapters.hub
     step, written = steps.taken(), hub.written
