@@ -471,6 +471,22 @@ def test_a_node_keeps_x_once_and_nothing_wide(dropped):
     assert sorted(map(tuple, held)) == [(2, 8), (6, 2), (10, 2), (10, 8)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_router_keeps_x_once_as_it_is(dtype):
+    torch.manual_seed(0)
+    model = ol.adapt(nn.Sequential(nn.Linear(8, 6).to(dtype)), ol.method("molora", experts=3, r=2, top_k=2))
+    shake(model)
+    x, held = torch.randn(10, 8, dtype=dtype, requires_grad=True), {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.update({t.data_ptr(): t}) or t, lambda t: t):
+        y = model(x)
+    assert [t.dtype for t in held.values() if t.shape == x.shape] == [dtype]
+    got = torch.autograd.grad(y.float().sin().sum(), [x, *ol.trainable(model)])
+    with executor.off():
+        want = torch.autograd.grad(model(x).float().sin().sum(), [x, *ol.trainable(model)])
+    for a, b in zip(got, want, strict=True):
+        assert gap(a, b) < (1e-6 if dtype == torch.float32 else 2e-2)
+
+
 def test_fits_tells_decoder_layers_from_others():
     assert llama.fits(model_of().model.layers[0])
     assert not llama.fits(nn.TransformerEncoderLayer(8, 2))

@@ -330,12 +330,18 @@ class Dropout(Part):
 
 @dataclass(frozen=True, eq=False)
 class Gate(Part):
-    """Multiplies features by f(x), x being the tokens of the layer's input: a diagonal that depends on the token."""
+    """Multiplies features by f(x), x being the tokens of the layer's input: a diagonal that depends on the token. A linear
+    router R (n, in) that f asks first is better told: f(x Rᵀ) then, in the dtype of R."""
 
     f: Callable[[Tensor], Tensor]
+    R: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The diagonal for tokens x (…, in)."""
+        return self.f(x if self.R is None else F.linear(x.to(self.R.dtype), self.R))
 
     def __call__(self, h: Tensor, x: Tensor, geo: Geometry, entered: bool) -> Tensor:
-        return h * like(self.f(geo.tokens(x)), h)
+        return h * like(self.of(geo.tokens(x)), h)
 
 
 @dataclass(frozen=True, eq=False)

@@ -59,9 +59,8 @@ class MixtureOfLoRA(Factored):
             R=router(normal(self.std, self.experts, width)),
         )
 
-    def gates(self, p: Slot, ctx: Context, x: Tensor) -> Tensor:
-        """x (..., in) → gates (..., E·r); reports the router's logits."""
-        logits = torch.nn.functional.linear(x.to(p.R.dtype), p.R)
+    def gates(self, p: Slot, ctx: Context, logits: Tensor) -> Tensor:
+        """Logits of the router (..., E) → gates (..., E·r); reports the logits."""
         ctx.emit(p.site.name, "router_logits", logits)
         g = softmax(logits)
         if self.top_k is not None and self.top_k < self.experts:
@@ -70,5 +69,5 @@ class MixtureOfLoRA(Factored):
         return g.repeat_interleave(self.r, -1)
 
     def delta(self, p: Slot, ctx: Context) -> Op:
-        gate = Gate(lambda x: self.gates(p, ctx, x))
+        gate = Gate(lambda logits: self.gates(p, ctx, logits), p.R)
         return p.scale * chain(p.B, gate, p.A, Dropout(self.dropout, p.training))

@@ -7,8 +7,9 @@ autocast and tensors that are not plain run the tree; ``OMNILORA_PLANS=0`` and :
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from omnilora.core.op import Geometry, Op, like
 from omnilora.core.site import Base, ConvGeometry
 from omnilora.plans.convolution import convolved
 from omnilora.plans.elementwise import draw_seed, low_rank_squares
-from omnilora.plans.node import Dropped, products
+from omnilora.plans.node import Dropped, Entered, products
 from omnilora.plans.normal import Low, Normal, lower
 from omnilora.plans.product import Drop, Line
 
@@ -80,9 +81,10 @@ def execute(op: Op, x: Tensor, geo: Geometry) -> Tensor:
     p = normal.low[0].p if normal.low else 0.0
     if any(k.p != p for k in normal.low):
         return op.apply(x, geo)
-    flat = x.reshape(-1, x.shape[-1])
     dropped = Drop(p, draw_seed()) if p > 0.0 else Drop()
-    line = line_of(normal, x, flat, geo, dropped)
+    x, (way,) = routed([normal], x, dropped)
+    flat = x.reshape(-1, x.shape[-1])
+    line = line_of(normal, x, flat, geo, dropped, way)
     if line is None:
         return op.apply(x, geo)
     (y,) = products(flat, (line,), dropped)
@@ -94,8 +96,9 @@ def squares(w: Tensor, u: Tensor, b: Tensor, a: Tensor) -> Tensor | None:
     return low_rank_squares(w, u, b, a) if plain(b) and plain(u) and type(w) is Tensor else None
 
 
-def line_of(normal: Normal, x: Tensor, flat: Tensor, geo: Geometry, dropped: Drop) -> Line | None:
-    """The normal form of a map that reads x (…, in), as one line of a fused pass over ``flat`` (tokens, in)."""
+def line_of(normal: Normal, x: Tensor, flat: Tensor, geo: Geometry, dropped: Drop, way: Way | None = None) -> Line | None:
+    """The normal form of a map that reads x (…, in), as one line of a fused pass over ``flat`` (tokens, in). ``way``: see
+    :func:`routed`."""
     weight, bias = constants_of(normal.base, x)  # type: ignore[arg-type]
     y0 = None
     if weight is None:
@@ -105,6 +108,8 @@ def line_of(normal: Normal, x: Tensor, flat: Tensor, geo: Geometry, dropped: Dro
         y0 = y0.reshape(-1, y0.shape[-1])
     if not normal.low:
         return Line(weight, bias, y0=y0, c=normal.c, b=normal.b)
+    if way is not None:
+        return way.line(weight, bias, y0, normal)
     s, a, b, d = joined(normal.low, x)
     return ready(Line(weight, bias, s, y0, None, a, b, d, normal.c, normal.b), flat, dropped)
 
@@ -142,9 +147,47 @@ def joined(low: tuple[Low, ...], x: Tensor) -> tuple[float, Tensor, Tensor, Tens
 def diagonal(low: Low, x: Tensor) -> Tensor | None:
     """D (r,), or (tokens, r) where gates depend on x."""
     d = low.D
-    for f in low.gates:
-        g = f(x)
-        g = like(g, x).expand(*x.shape[:-1], low.rank).reshape(-1, low.rank)
-        d = g if d is None else d * g
+    for gate in low.gates:
+        d = _times(d, gate.of(x), low, x)
     return d
+
+
+def _times(d: Tensor | None, g: Tensor, low: Low, x: Tensor) -> Tensor:
+    g = like(g, x).expand(*x.shape[:-1], low.rank).reshape(-1, low.rank)
+    return g if d is None else d * g
+
+
+class Way(NamedTuple):
+    """What a routed term gets from its input: h (tokens, r) = A x, None where x is dropped first, and D (tokens, r)."""
+
+    h: Tensor | None
+    D: Tensor
+
+    def line(self, weight: Tensor | None, bias: Tensor | None, y0: Tensor | None, normal: Normal) -> Line:
+        (low,) = normal.low
+        return Line(weight, bias, low.s, y0, self.h, low.A if self.h is None else None, low.B, self.D, normal.c, normal.b)
+
+
+def routed(normals: Sequence[Normal], x: Tensor, dropped: Drop) -> tuple[Tensor, list[Way | None]]:
+    """x (…, in) again, to be read by the wide products, and the ways of those terms that a linear router directs: routers and A's
+    of one dtype are one product, and what they give back to x joins the wide products' without a sum of its own."""
+    lows = {i: n.low[0] for i, n in enumerate(normals) if len(n.low) == 1 and [g.R is not None for g in n.low[0].gates] == [True]}
+    if not lows:
+        return x, [None] * len(normals)
+    flat, wanted = x.reshape(-1, x.shape[-1]), {}
+    for i, low in lows.items():
+        wanted["logits", i] = low.gates[0].R
+        if not dropped:
+            wanted["h", i] = like(low.A, x)
+    found: dict[tuple[str, int], Tensor] = {}
+    for dtype in dict.fromkeys(m.dtype for m in wanted.values()):
+        same = {k: m for k, m in wanted.items() if m.dtype is dtype}
+        flat, *out = Entered.apply(flat, *same.values())
+        found |= zip(same, out, strict=True)
+    x = flat.view(x.shape)
+    ways: list[Way | None] = [None] * len(normals)
+    for i, low in lows.items():
+        g = low.gates[0].f(found["logits", i].view(*x.shape[:-1], -1))
+        ways[i] = Way(found.get(("h", i)), _times(low.D, g, low, x))
+    return x, ways
 

@@ -128,6 +128,33 @@ def _bare(line: Line) -> bool:
     return line.W is not None and line.A is not None and line.B is not None and all(t is None for t in parts)
 
 
+class Entered(torch.autograd.Function):
+    """x (tokens, in), M_i (n_i, in) of one dtype → x again (its gradient joins here) and x M_iᵀ in that dtype, from one product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *Ms: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *Ms)
+        h = cast(x, Ms[0].dtype) @ torch.cat(Ms).t()
+        return x.view_as(x), *h.split([len(m) for m in Ms], 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gs: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *Ms = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return tuple(derivatives(lambda x, *Ms: (x, *(F.linear(cast(x, m.dtype), m) for m in Ms)), gs, (x, *Ms), ctx.needs_input_grad))
+        through, *each = gs
+        if all(g is None for g in each):
+            return through, *[None] * len(Ms)
+        M, dx = torch.cat(Ms), None
+        g = torch.cat([M.new_zeros(len(x), len(m)) if g is None else g for g, m in zip(each, Ms)], 1)
+        if ctx.needs_input_grad[0]:
+            same = through is not None and M.dtype is x.dtype
+            dx = torch.addmm(through, g, M) if same else cast(g @ M, x.dtype)  # type: ignore[arg-type]
+            dx = dx if same or through is None else dx.add_(through)
+        dM = (g.t() @ cast(x, M.dtype)).split([len(m) for m in Ms])
+        return dx, *(d if need else None for d, need in zip(dM, ctx.needs_input_grad[1:]))
+
+
 class Dropped(torch.autograd.Function):
     """x (tokens, in) with dropout that is made again from its seed."""
 

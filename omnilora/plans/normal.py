@@ -8,7 +8,6 @@ factors are ordinary operations upstream. A tree that does not lower is applied 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,13 +19,13 @@ from omnilora.core.site import Base, BaseLinear
 
 
 class Low(NamedTuple):
-    """One low-rank term. ``gates``: functions of the layer's input that give factors of D, (…, r). ``p``: dropout of x."""
+    """One low-rank term. ``gates`` give factors of D, (…, r), from the layer's input. ``p``: dropout of x."""
 
     B: Tensor
     A: Tensor
     s: float = 1.0
     D: Tensor | None = None
-    gates: tuple[Callable[[Tensor], Tensor], ...] = ()
+    gates: tuple[Gate, ...] = ()
     p: float = 0.0
 
     @property
@@ -109,7 +108,7 @@ def _chain(op: Chain) -> Normal | None:
         if isinstance(link, Tensor):
             D = link if D is None else link * D
         elif type(link) is Gate:
-            gates.append(link.f)
+            gates.append(link)
         elif type(link) is not Dropout or (link.training and link.p > 0.0):
             return None
     if not right or any(not isinstance(k, Tensor) or k.dim() > 2 for k in right):

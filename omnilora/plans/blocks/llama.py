@@ -20,7 +20,7 @@ from omnilora.core.site import Base, BaseLinear
 from omnilora.core.standin import own_class
 from omnilora.plans.blocks.nodes import Gated, GatedPair, Heads, Norm, Normed, Output, Pair, Projections, Turn
 from omnilora.plans.elementwise import draw_seed
-from omnilora.plans.executor import constants_of, joined
+from omnilora.plans.executor import Way, constants_of, joined, routed
 from omnilora.plans.node import constants, products
 from omnilora.plans.normal import Normal, lower
 from omnilora.plans.product import Drop, Line
@@ -126,13 +126,15 @@ def dropout_of(normals: list[Normal]) -> Drop:
     return Drop(p, draw_seed()) if p > 0.0 else Drop()
 
 
-def line_of(module: Any, normal: Normal, x: Tensor | None) -> Line:
-    """``x`` (tokens as the gates want them) where gates read it."""
+def line_of(module: Any, normal: Normal, x: Tensor | None, way: Way | None = None) -> Line:
+    """``x`` (tokens as the gates want them) where gates read it; ``way``: what they gave, where a linear router told them."""
     if normal.base is None:
         return Line(module.weight, module.bias)
     weight, bias = constants_of(normal.base, module.weight)
     if not normal.low:
         return Line(weight, bias, c=normal.c, b=normal.b)
+    if way is not None:
+        return way.line(weight, bias, None, normal)
     s, a, b, d = joined(normal.low, module.weight if x is None else x)
     return Line(weight, bias, s, A=a, B=b, D=d, c=normal.c, b=normal.b)
 
@@ -163,20 +165,24 @@ class Block:
         normals, last = [normal_of(m, ctx, x) for m in projections], normal_of(attn.o_proj, ctx, x)
         cosine, sine = kwargs.pop("position_embeddings")
         module, own = sys.modules[type(attn).__module__], attn._modules.get("q_norm") is not None
-        norm, inner, residual = self.norms[0], x, x
+        norm, inner, residual, dropped = self.norms[0], x, x, dropout_of(normals)
+        ways: list[Way | None] = [None] * 3
         if gates_in(normals):
             residual, inner = Normed.apply(norm, x)
             norm = None
-        lines = tuple(line_of(m, n, inner) for m, n in zip(projections, normals))
-        spec = Heads(constants(lines), dropout_of(normals), norm, None if own else Turn(cosine, sine),
+            inner, ways = routed(normals, inner, dropped)
+        lines = tuple(line_of(m, n, inner, w) for m, n, w in zip(projections, normals, ways))
+        spec = Heads(constants(lines), dropped, norm, None if own else Turn(cosine, sine),
                      tuple(m.weight.shape[0] // attn.head_dim for m in projections), attn.head_dim)  # fmt: skip
         through, q, k, v = Projections.apply(spec, inner, *[t for line in lines for t in line.learned])
         if own:
             q, k = (m(t.transpose(1, 2)).transpose(1, 2) for m, t in ((attn.q_norm, q), (attn.k_norm, k)))
             q, k = module.apply_rotary_pos_emb(q, k, cosine, sine)  # type: ignore[attr-defined]
         a = attend(attn, module, q, k, v, kwargs)
-        line = line_of(attn.o_proj, last, a)
-        return Output.apply(*constants((line,)), dropout_of([last]), through if norm is not None else residual, a, *line.learned)  # type: ignore[no-any-return]
+        dropped = dropout_of([last])
+        a, (way,) = routed([last], a, dropped)
+        line = line_of(attn.o_proj, last, a, way)
+        return Output.apply(*constants((line,)), dropped, through if norm is not None else residual, a, *line.learned)  # type: ignore[no-any-return]
 
     def pair(self, layer: Any, ctx: Context, x: Tensor) -> Tensor:
         """x (batch, length, d) + down(act(gate(norm x)) ⊙ up(norm x))."""
@@ -185,11 +191,13 @@ class Block:
         last = normal_of(mlp.down_proj, ctx, x)
         if gates_in([*normals, last]):
             residual, inner = Normed.apply(self.norms[1], x)
-            lines = tuple(line_of(m, n, inner) for m, n in zip((mlp.gate_proj, mlp.up_proj), normals))
-            e, u = products(inner.flatten(0, 1), lines, dropout_of(normals))
-            p = Gated.apply(e, u, self.act).view(*x.shape[:2], -1)
-            down = line_of(mlp.down_proj, last, p)
-            return Output.apply(*constants((down,)), dropout_of([last]), residual, p, *down.learned)  # type: ignore[no-any-return]
+            dropped, after = dropout_of(normals), dropout_of([last])
+            inner, ways = routed(normals, inner, dropped)
+            lines = tuple(line_of(m, n, inner, w) for m, n, w in zip((mlp.gate_proj, mlp.up_proj), normals, ways))
+            e, u = products(inner.flatten(0, 1), lines, dropped)
+            p, (way,) = routed([last], Gated.apply(e, u, self.act).view(*x.shape[:2], -1), after)
+            down = line_of(mlp.down_proj, last, p, way)
+            return Output.apply(*constants((down,)), after, residual, p, *down.learned)  # type: ignore[no-any-return]
         lines = tuple(line_of(m, n, None) for m, n in zip((mlp.gate_proj, mlp.up_proj), normals))
         down = line_of(mlp.down_proj, last, None)
         spec = Pair(constants(lines), constants((down,))[0], dropout_of(normals), dropout_of([last]), self.norms[1], self.act)
