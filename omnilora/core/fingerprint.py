@@ -94,16 +94,35 @@ def fingerprint(site: Site) -> Fingerprint:
 def _known(store: Store) -> tuple[Fingerprint | None, tuple[int, bytes]]:
     """The fingerprint that is kept, if it still holds, and the mark by which that is told."""
     weight = store.parameter
-    flat = next(iter(store.tensors().values())).detach().flatten()
     version = -1 if weight.is_inference() else weight._version
-    mark = (version, flat[:: max(1, flat.numel() // 64)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    mark = (version, _sample(store).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     kept = _kept.get(weight)
     return (kept[1] if kept is not None and kept[0] == mark else None), mark
 
 
-def known(store: Store) -> bool:
-    """Whether the weight has a fingerprint that still holds, as far as its version and a sample of its bytes tell."""
-    return store.origin is not None or _known(store)[0] is not None
+def _sample(store: Store) -> Tensor:
+    """About 64 numbers of the weight."""
+    flat = next(iter(store.tensors().values())).detach().flatten()
+    return flat[:: max(1, flat.numel() // 64)]
+
+
+class Watch:
+    """Whether dense weights, whose fingerprints are known, are still the same as far as a sample of their numbers tells; versions
+    are for the caller to look at. All samples are read in one step."""
+
+    def __init__(self, stores: Iterable[Store]) -> None:
+        own = [s for s in stores if s.origin is None]
+        self.tellable = all(s.parameter.is_contiguous() for s in own)  # of any other a sample would be a copy
+        self.views = [_sample(s) for s in own] if self.tellable else []
+        self.first = self._read()
+
+    def _read(self) -> bytes:
+        if not self.views:
+            return b""
+        return torch.cat(self.views).view(torch.uint8).numpy().tobytes()  # type: ignore[no-any-return]
+
+    def same(self) -> bool:
+        return self.tellable and self._read() == self.first
 
 
 def _fingerprint(store: Store, digests: Iterable[str]) -> Fingerprint:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from omnilora.core.attach import activate, announce, freeze
 from omnilora.core.context import Hub
-from omnilora.core.fingerprint import known
+from omnilora.core.fingerprint import Watch
 from omnilora.core.layer import Adapted, attach_layer, base_modules, blank, path_name
 from omnilora.core.method import Method
 from omnilora.core.parameterization import Parameterization, Slot, is_still
@@ -57,6 +57,7 @@ class Proven:
     begin: int
     size: int
     parts: tuple[Part, ...]
+    watch: Watch | None  # of the weights, where the load was proven against them
     method: Method
     needs_run: bool
     extra: Mapping[str, Any]
@@ -102,8 +103,9 @@ def remember(hub: Hub, model: nn.Module, key: tuple[Any, ...], seen: tuple[Stamp
     kept: dict[Any, Proven] = hub.kept.setdefault("proven", {})
     while len(kept) >= KEPT:
         kept.pop(next(iter(kept)))
-    kept[key] = Proven(weakref.ref(model), seen, row.path, row.begin, row.size - row.begin, tuple(parts), hub.values["methods"][name],
-                       name in hub.needs_run, copied(hub.values.get("extra", {}).get(name, {})), dict(report))  # fmt: skip
+    kept[key] = Proven(weakref.ref(model), seen, row.path, row.begin, row.size - row.begin, tuple(parts),
+                       Watch(p.site.store for p in parts) if key[1] else None, hub.values["methods"][name], name in hub.needs_run,
+                       copied(hub.values.get("extra", {}).get(name, {})), dict(report))  # fmt: skip
 
 
 def _part(slot: Slot, places: Mapping[int, tuple[nn.Module, str]], row: Row) -> Part | None:
@@ -134,8 +136,8 @@ def again(model: nn.Module, hub: Hub, key: tuple[Any, ...], folder: Path, name: 
     found = kept.get(key)
     if found is None or found.model() is not model or name in hub.names or hub.merged or torch.is_inference_mode_enabled():
         return None
-    _, check_base, _ = key
-    if stamps(folder) != found.stamps or not all(_stands(p, hub) and (not check_base or known(p.site.store)) for p in found.parts):
+    same = stamps(folder) == found.stamps and all(_stands(p, hub) for p in found.parts) and (found.watch is None or found.watch.same())
+    if not same:
         del kept[key]  # with what it holds of layers that may be gone
         return None
     data = _read(found) if found.begin + found.size <= quota else None
@@ -206,18 +208,18 @@ def _read(known: Proven) -> Lease | None:
 def copied(value: Any) -> Any:
     """Plain data (what marks and extras are: they go into JSON) that shares no list or mapping with the original."""
     if isinstance(value, dict):
-        return {k: copied(v) for k, v in value.items()}
+        return {k: copied(v) if isinstance(v, (dict, list)) else v for k, v in value.items()}
     return [copied(v) for v in value] if isinstance(value, list) else value
 
 
 def _slot(part: Part, name: str, data: Lease, training: bool) -> Slot:
     pattern = part.pattern
-    slot = blank(Slot)
-    slot.__dict__.update(pattern)
-    slot.__dict__.update(adapter=name, roles=dict(pattern["roles"]), shared={}, marks=copied(pattern["marks"]),
-                         training=training)  # fmt: skip
+    slot = blank(Slot, pattern)
+    own = slot.__dict__
+    own["adapter"], own["training"], own["shared"] = name, training, {}
+    own["roles"], own["marks"] = dict(pattern["roles"]), copied(pattern["marks"])
     for tensor, learns, at, count, shape in part.tensors:
         value = torch.frombuffer(data, dtype=torch.float32, count=count, offset=at).view(shape)
         value = value.clone() if at % ALIGNED else value
-        slot._parameters[tensor] = Tensor._make_subclass(nn.Parameter, value, learns)
+        own["_parameters"][tensor] = Tensor._make_subclass(nn.Parameter, value, learns)
     return slot

@@ -17,6 +17,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -194,7 +195,7 @@ def batch_of(hub: Hub, rows: RowGroups, mark: Mark) -> Batch:
         if len(kept) > KEPT:
             kept.popitem(last=False)
     made = Batch(rows, sites, mark)
-    rows.plans["batch"] = made
+    rows.plans.update(batch=made, calls=made.calls)
     return made
 
 
@@ -209,15 +210,16 @@ class Plan:
         self.fan_out, self.fan_in = shape
         self.dtype, self.terms = dtype, terms
         self.scales = [0.0 if t is None else u[1] * t.s for u, t in zip(users, terms)]
-        self.said = [(s, s.scale) for s, t in zip(slots, terms) if s is not None and t is not None]
-        self.seen = [t.seen for t in terms if t is not None]
+        self.slots = [s for s, t in zip(slots, terms) if s is not None and t is not None]
+        self.said = [(False, s.scale) for s in self.slots]
+        self.seen = Seen.joined(t.seen for t in terms if t is not None)
         self.rank = sum(t.A.shape[0] for t in terms if t is not None)
         self.several = sum(t is not None for t in terms) > 1
         self.call = function(dtype)
 
     def fresh(self) -> bool:
         """Whether every slot is what it was."""
-        return all(not s.training and s.scale == scale for s, scale in self.said) and all(seen.still() for seen in self.seen)
+        return list(map(_says, self.slots)) == self.said and self.seen.still()
 
     def small(self, batch: Batch, per: int) -> bool:
         """Whether the native call serves this batch."""
@@ -270,6 +272,7 @@ class Plan:
             y[used] = y[used].addmm_(own[used], B.t())
 
 
+_says = attrgetter("training", "scale")
 BARE, UNKNOWN = (Plan([], [], [], (0, 0), torch.float64) for _ in range(2))
 
 
