@@ -56,8 +56,8 @@ class Convolution(torch.autograd.Function):
             y = conv(x, _merged(weight, A, B, s), bias, *options)
         else:
             y = conv(x, weight, bias, *options)
-            h = _narrow(x, weight, A, s, options)
-            _add_(y, h, B.to(x.dtype))
+            h = conv(x, _kernel(A, weight, x.dtype), None, *options)
+            _add_(y, h, B.to(x.dtype), s)
         ctx.s, ctx.options = s, options
         ctx.save_for_backward(x, weight, A, B, h)
         return y
@@ -77,15 +77,13 @@ class Convolution(torch.autograd.Function):
         kernel = _merged(weight, A, B, ctx.s) if merged and needs[0] else weight
         dx = _back(g, x, kernel, ctx.options, (True, False))[0] if needs[0] else None
         if needs[3] or (needs[0] and not merged):
-            bt = B.to(g.dtype).t()
-            gh = torch.bmm(bt.expand(len(g), *bt.shape), g.flatten(2)).view(len(g), len(bt), *g.shape[2:])  # (N, r, *space)
-            gh = gh if ctx.s == 1.0 else gh.mul_(ctx.s)
+            gh = _products(B.to(g.dtype).t().expand(len(g), -1, -1), g.flatten(2), ctx.s).view(len(g), -1, *g.shape[2:])  # (N, r, *space)
             through, dA, _ = _back(gh, x, _kernel(A, weight, g.dtype), ctx.options, (needs[0] and not merged, needs[3]))
         if dx is not None and through is not None:
             dx = dx.add_(through)
         if needs[4]:
-            h = _narrow(x, weight, A, ctx.s, ctx.options) if merged else h
-            dB = torch.bmm(g.flatten(2), h.flatten(2).mT).sum(0).to(B.dtype)
+            h = _conv(x)(x, _kernel(A, weight, x.dtype), None, *ctx.options) if merged else h
+            dB = _products(g.flatten(2), h.flatten(2).mT, ctx.s).sum(0).to(B.dtype)
         return dx, None, None, None if dA is None else dA.flatten(1).to(A.dtype), dB, None, None
 
 
@@ -112,10 +110,9 @@ def _merged(weight: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     return torch.addmm(weight.flatten(1), B.to(weight.dtype), A.to(weight.dtype), alpha=s).view(weight.shape)
 
 
-def _narrow(x: Tensor, weight: Tensor, A: Tensor, s: float, options: Options) -> Tensor:
-    """s A * x (N, r, *space)."""
-    h: Tensor = _conv(x)(x, _kernel(A, weight, x.dtype), None, *options)
-    return h if s == 1.0 else h.mul_(s)
+def _products(a: Tensor, b: Tensor, s: float) -> Tensor:
+    """s a_n b_n; s is part of the products, for a pass of its own costs more."""
+    return torch.baddbmm(a.new_empty(len(a), a.shape[1], b.shape[2]), a, b, beta=0, alpha=s)
 
 
 def _conv(x: Tensor) -> Any:
@@ -131,15 +128,15 @@ def _points(b: Tensor, like: Tensor) -> Tensor:
     return b.reshape(*b.shape, *[1] * (like.dim() - 2))
 
 
-def _add_(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
-    """y (N, out, *space) += B h in place, whatever the memory format."""
+def _add_(y: Tensor, h: Tensor, b: Tensor, s: float) -> Tensor:
+    """y (N, out, *space) += s B h in place, whatever the memory format."""
     last = torch.channels_last if y.dim() == 4 else None
     if y.is_contiguous():
-        y.view(*y.shape[:2], -1).baddbmm_(b.expand(len(y), *b.shape), h.flatten(2))
+        y.view(*y.shape[:2], -1).baddbmm_(b.expand(len(y), *b.shape), h.flatten(2), alpha=s)
     elif last is not None and y.is_contiguous(memory_format=last):
-        y.permute(0, 2, 3, 1).view(-1, y.shape[1]).addmm_(h.permute(0, 2, 3, 1).reshape(-1, h.shape[1]), b.t())
+        y.permute(0, 2, 3, 1).view(-1, y.shape[1]).addmm_(h.permute(0, 2, 3, 1).reshape(-1, h.shape[1]), b.t(), alpha=s)
     else:
-        y.add_(_conv(h)(h, _points(b, h)))
+        y.add_(_conv(h)(h, _points(b, h)), alpha=s)
     return y
 
 
