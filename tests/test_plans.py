@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import pickle
 import warnings
@@ -457,6 +458,66 @@ def test_a_form_that_reads_the_context_is_built_anew_at_every_call():
         assert model[0].adapters.quick is None
         with ol.context(model, rank=1):
             assert gap(model(x), whole) > 1e-3
+
+
+def test_a_form_that_reports_is_asked_at_every_call_with_gradients():
+    from omnilora.parameterizations.lora import LoRA
+
+    class Telling(LoRA):
+        def delta(self, p, ctx):
+            ctx.emit(p.site.name, "norm", p.B.detach().norm())
+            return super().delta(p, ctx)
+
+    model = nn.Sequential(nn.Linear(6, 5))
+    ol.adapt(model, dataclasses.replace(ol.method("lora", r=2), parameterization=Telling(r=2)))
+    for _ in range(2):
+        with ol.context(model) as ctx:
+            model(torch.randn(3, 6))
+        assert [name for _, name, _ in ctx.sink] == ["norm"]
+        ctx.sink.clear()
+
+
+@pytest.mark.parametrize("change", ["form", "scale", "replaced", "frozen", "weight learns", "double", "eval"])
+def test_a_training_layer_follows_every_change(change):
+    """The short way with gradients against the tree, before and after."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    ol.adapt(model, ol.method("lora", r=2))
+    shake(model)
+    x = torch.randn(3, 6, requires_grad=True)
+    layer, slot = model[0], ol.slots(model)[0]
+
+    def same():
+        inputs = [x, *(p for p in model.parameters() if p.requires_grad)]
+        torch.manual_seed(1)
+        got = torch.autograd.grad(model(x).square().sum(), inputs)
+        with executor.off():
+            torch.manual_seed(1)
+            want = torch.autograd.grad(model(x).square().sum(), inputs)
+        for a, b in zip(got, want, strict=True):
+            assert gap(a, b) < 1e-6
+        return got
+
+    before = same()
+    assert layer.adapters.quick is not None and layer.adapters.quick.own is not None
+    if change == "form":
+        slot.how = dataclasses.replace(slot.how, r=slot.how.r)
+    elif change == "scale":
+        slot.scale *= 3
+    elif change == "replaced":
+        slot.A = nn.Parameter(slot.A.detach() * 2)
+    elif change == "frozen":
+        slot.A.requires_grad_(False)
+    elif change == "weight learns":
+        layer.weight.requires_grad_(True)
+    elif change == "double":
+        model.double()
+        x = x.detach().double().requires_grad_()
+    elif change == "eval":
+        model.eval()
+    after = same()
+    if change in ("scale", "replaced"):
+        assert gap(after[0], before[0]) > 1e-3
 
 
 @pytest.mark.parametrize("dropped", [Drop(), Drop(0.1, (1, 2))])

@@ -182,7 +182,8 @@ def routed(normals: Sequence[Normal], x: Tensor, dropped: Drop) -> tuple[Tensor,
     found: dict[tuple[str, int], Tensor] = {}
     for dtype in dict.fromkeys(m.dtype for m in wanted.values()):
         same = {k: m for k, m in wanted.items() if m.dtype is dtype}
-        flat, *out = Entered.apply(flat, *same.values())
+        again, *out = Entered.apply(flat, *same.values())
+        flat = again if flat.requires_grad else flat
         found |= zip(same, out, strict=True)
     x = flat.view(x.shape)
     ways: list[Way | None] = [None] * len(normals)

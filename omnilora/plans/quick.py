@@ -38,13 +38,16 @@ KEEP = Drop()
 
 
 class _Read(Exception):
-    """A form looked at the context: its map is not one for all calls."""
+    """A form looked at the context or reports to it: its map is not one for all calls."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Blind(Context):
     def get(self, key: str, default: Any = None) -> Any:
         raise _Read(key)
+
+    def emit(self, site: str, name: str, value: Tensor) -> None:
+        raise _Read(name)
 
 
 def quicken(layer: Any, mine: Adapters) -> None:
