@@ -475,6 +475,8 @@ def test_a_form_that_reports_is_asked_at_every_call_with_gradients():
             model(torch.randn(3, 6))
         assert [name for _, name, _ in ctx.sink] == ["norm"]
         ctx.sink.clear()
+        model(torch.randn(3, 6))
+        assert model[0].adapters.quick is None  # blocks ask it in contexts too
 
 
 @pytest.mark.parametrize("change", ["form", "scale", "replaced", "frozen", "weight learns", "double", "eval"])
