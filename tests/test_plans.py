@@ -460,6 +460,31 @@ def test_a_form_that_reads_the_context_is_built_anew_at_every_call():
             assert gap(model(x), whole) > 1e-3
 
 
+@pytest.mark.parametrize("key", ["lora", "vera", "adalora", "tt_lora", "dora", "molora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_autocast_runs_fused_in_its_dtype(key, dtype):
+    torch.manual_seed(0)
+    model = ol.adapt(nn.Sequential(nn.Linear(24, 20)).to(dtype), ol.method(key, **METHODS[key])).eval()
+    shake(model)
+    x = torch.randn(40, 24, dtype=dtype).requires_grad_()
+    inputs = [x, *ol.trainable(model)]
+
+    def found():
+        held = set()
+        with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(lambda t: held.add(tuple(t.shape)) or t, lambda t: t):
+            y = model(x)
+        return y, torch.autograd.grad(y.double().sin().sum(), inputs), held
+
+    with executor.off():
+        want, slopes, kept_by_tree = found()
+    y, grads, held = found()
+    assert y.dtype == want.dtype and gap(y, want) < 2e-2
+    for a, b, t in zip(grads, slopes, inputs, strict=True):
+        assert a.dtype == t.dtype and gap(a, b) < 4e-2
+    if key in ("lora", "vera", "adalora", "tt_lora") and dtype == torch.float32:
+        assert {(20, 24), (24, 20)} & kept_by_tree and not {(20, 24), (24, 20)} & held  # the weight's copy in bf16
+
+
 def test_a_form_that_reports_is_asked_at_every_call_with_gradients():
     from omnilora.parameterizations.lora import LoRA
 

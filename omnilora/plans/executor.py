@@ -1,7 +1,7 @@
 """How an adapted map is applied: by one fused node where its tree lowers to the normal form, else by the tree itself.
 
-Compiled code, function transforms, forward-mode derivatives,
-autocast and tensors that are not plain run the tree; ``OMNILORA_PLANS=0`` and :func:`off` make everything run it.
+Compiled code, function transforms, forward-mode derivatives and tensors that are not plain run the tree; under autocast, forms
+without magnitudes and gates run fused. ``OMNILORA_PLANS=0`` and :func:`off` make everything run its tree.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def watched() -> bool:
     )
 
 
-def plain(x: Tensor) -> bool:
-    """Whether fused code may run on x: a plain floating tensor, no transform, no tracing, no autocast, nobody who watches operations."""
+def free(x: Tensor) -> bool:
+    """Whether fused code may run on x: a plain floating tensor, no transform, no tracing, nobody who watches operations."""
     return not (
         _off
         or torch.compiler.is_compiling()
@@ -64,14 +64,25 @@ def plain(x: Tensor) -> bool:
         or x.is_meta
         or watched()
         or torch.autograd.forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
     )
+
+
+def autocasts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+
+
+def plain(x: Tensor) -> bool:
+    """Whether fused code may run on x as it is: :func:`free`, and no autocast."""
+    return free(x) and not autocasts(x)
 
 
 def execute(op: Op, x: Tensor, geo: Geometry) -> Tensor:
     """op(x), by the fused node where there is one."""
-    if not plain(x):
+    if not free(x):
         return op.apply(x, geo)
+    if autocasts(x):
+        y = _autocast(lower(op), x) if geo.plain else None
+        return op.apply(x, geo) if y is None else y
     if not geo.plain:
         y = convolved(lower(op), x, geo) if isinstance(geo, ConvGeometry) else None
         return op.apply(x, geo) if y is None else y
@@ -89,6 +100,24 @@ def execute(op: Op, x: Tensor, geo: Geometry) -> Tensor:
         return op.apply(x, geo)
     (y,) = products(flat, (line,), dropped)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _autocast(normal: Normal, x: Tensor) -> Tensor | None:
+    """The map in autocast's dtype where it is low-rank terms beside a plain weight; else None. The weight's copy in that dtype is
+    made again in the backward pass, where autograd would keep one for every layer."""
+    dtype, low = torch.get_autocast_dtype("cpu" if x.is_cpu else x.device.type), normal.low
+    bare = normal.base is not None and low and normal.c is None and normal.b is None and x.dtype is not torch.float64
+    if not bare or any(k.gates or k.p != low[0].p for k in low):
+        return None
+    weight, bias = constants_of(normal.base, None)  # type: ignore[arg-type]
+    if weight is None or weight.dtype is torch.float64:
+        return None
+    dropped = Drop(low[0].p, draw_seed()) if low[0].p > 0.0 else Drop()
+    with torch.autocast(x.device.type, enabled=False):
+        flat = x.to(dtype).reshape(-1, x.shape[-1])
+        s, a, b, d = joined(low, flat)
+        (y,) = products(flat, (ready(Line(weight, bias, s, A=a, B=b, D=d), flat, dropped),), dropped)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def squares(w: Tensor, u: Tensor, b: Tensor, a: Tensor) -> Tensor | None:
@@ -122,11 +151,11 @@ def ready(line: Line, flat: Tensor, dropped: Drop) -> Line:
     return line._replace(h=torch.nn.functional.linear(x, like(line.A, x)), A=None)
 
 
-def constants_of(base: Op, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(W, bias) where the base is x Wᵀ + bias of constants in x's dtype."""
+def constants_of(base: Op, x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(W, bias) where the base is x Wᵀ + bias of constants in x's dtype (None: in any)."""
     whole = base if isinstance(base, Base) else getattr(base, "base", None)
     weight = whole.plain_weight if isinstance(whole, Base) else None
-    if weight is None or weight.dtype != x.dtype or type(weight) not in (Tensor, torch.nn.Parameter):
+    if weight is None or (x is not None and weight.dtype != x.dtype) or type(weight) not in (Tensor, torch.nn.Parameter):
         return None, None
     return weight, base.offset
 

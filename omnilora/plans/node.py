@@ -25,6 +25,7 @@ from omnilora.plans.product import (
     narrow_side,
     narrowed,
     outer,  # fmt: skip
+    weight_of,
 )
 
 
@@ -33,7 +34,7 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, line: Line, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        y = F.linear(x, line.W, line.bias)  # type: ignore[arg-type]
+        y = F.linear(x, *weight_of(line, x.dtype))
         h = x @ cast(A, x.dtype).t()
         ctx.line = line
         ctx.save_for_backward(x, A, B, h)
@@ -48,7 +49,7 @@ class LowRank(torch.autograd.Function):
         g = gs[0].contiguous()
         a, b = cast(A, g.dtype), cast(B, g.dtype)
         gh = narrowed(g, b, line.s)
-        dx = (g @ line.W).addmm_(gh, a) if needs[0] else None
+        dx = (g @ cast(line.W, g.dtype)).addmm_(gh, a) if needs[0] else None  # type: ignore[arg-type]
         dA = cast(gh.t() @ x, A.dtype) if needs[1] else None
         return None, dx, dA, cast(outer(g, h, b, line.s), B.dtype) if needs[2] else None
 

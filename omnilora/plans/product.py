@@ -123,13 +123,19 @@ def divides(line: Line, dtype: torch.dtype) -> bool:
     return line.b is None and dtype != torch.float16
 
 
+def weight_of(line: Line, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """W and bias in the data's dtype: copies under autocast, made where they are read."""
+    return cast(line.W, dtype), None if line.bias is None else cast(line.bias, dtype)  # type: ignore[arg-type]
+
+
 def _based(x: Tensor, line: Line, into: Tensor | None) -> Tensor:
     if line.W is None:
         return line.y0  # type: ignore[return-value]
+    W, bias = weight_of(line, x.dtype)
     if into is None or line.c is not None:
-        return F.linear(x, line.W, line.bias)
-    y = torch.addmm(into, x, line.W.t())
-    return y if line.bias is None else y.add_(line.bias)
+        return F.linear(x, W, bias)
+    y = torch.addmm(into, x, W.t())
+    return y if bias is None else y.add_(bias)
 
 
 class Wanted(NamedTuple):
@@ -163,7 +169,8 @@ def backward(gs: tuple[Tensor | None, ...], lines: tuple[Line, ...], dropped: Dr
         if wants[Y0]:
             grads[Y0] = g
         if want.x and line.W is not None:
-            dx = g @ line.W if dx is None else dx.addmm_(g, line.W)
+            W = cast(line.W, g.dtype)
+            dx = g @ W if dx is None else dx.addmm_(g, W)
         if line.B is not None:
             h, into = (line.h, None) if line.A is None else (_part(kept_.h, span), _part(gh, span))
             part = _narrow(g, line, h, into, wants, grads)
@@ -233,7 +240,7 @@ def formula(x: Tensor, lines: tuple[Line, ...], dropped: Drop) -> list[Tensor]:
     xd = torch.where(kept(x.shape, dropped.seed, dropped.p, x.device), x / (1 - dropped.p), 0.0) if dropped else x
     ys = []
     for line in lines:
-        y = line.y0 if line.W is None else F.linear(x, line.W, line.bias)
+        y = line.y0 if line.W is None else F.linear(x, *weight_of(line, x.dtype))
         if line.B is not None:
             u = line.h if line.A is None else F.linear(xd, line.A.to(x.dtype))
             u = u if line.D is None else u * cast(line.D, u.dtype)
