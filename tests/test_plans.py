@@ -21,6 +21,8 @@ from omnilora.plans import convolution, elementwise, executor, native
 from omnilora.plans.blocks import host, llama
 from omnilora.plans.node import LowRank, Products, products
 from omnilora.plans.product import Drop, Line
+from omnilora.stores.coded import quantize_with
+from omnilora.stores.nf4_layer import quantize
 
 METHODS = {
     "lora": {"r": 4}, "dora": {"r": 4}, "vera": {"r": 8}, "adalora": {}, "molora": {"experts": 3, "r": 2, "top_k": 2},
@@ -121,6 +123,29 @@ def test_bf16_is_as_close_to_fp32_as_the_tree(key):
         tree = found(half)
     assert fused(half) == 2, host.refusals(half)
     assert sum(gap(a, b) for a, b in zip(got, want, strict=True)) < 1.1 * sum(gap(a, b) for a, b in zip(tree, want, strict=True))
+
+
+@pytest.mark.parametrize("key", ["lora", "dora", "molora"])
+@pytest.mark.parametrize("codec", ["nf4", "int4"])
+def test_blocks_over_codes_are_their_trees_and_keep_no_weight(key, codec):
+    base = model_of()
+    quantize(base, codec, blocksize=32) if codec == "nf4" else quantize_with(base, codec)
+    model = ol.adapt(base, ol.method(key, **METHODS[key]), exclude=["q_proj", "up_proj"])
+    shake(model, size=0.1)
+    held: dict[int, tuple[int, ...]] = {}
+    with executor.off():
+        want = found(model)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.update({t.data_ptr(): tuple(t.shape)}) or t, lambda t: t):
+        got = found(model)
+    assert fused(model) == 2, host.refusals(model)
+    for a, b in zip(got, want, strict=True):
+        assert gap(a, b) < 1e-5
+    assert not {(32, 32), (16, 32), (80, 32), (32, 80)} & set(held.values())  # weights made dense
+    with torch.no_grad():
+        ids = torch.randint(0, 50, (2, 12))
+        y = model(input_ids=ids).logits
+        with executor.off():
+            assert gap(y, model(input_ids=ids).logits) < 1e-5
 
 
 def test_without_native_kernels_the_same_numbers(monkeypatch):

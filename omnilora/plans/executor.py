@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from omnilora.plans.convolution import convolved
 from omnilora.plans.elementwise import draw_seed, low_rank_squares
 from omnilora.plans.node import Dropped, Entered, products
 from omnilora.plans.normal import Low, Normal, lower
-from omnilora.plans.product import Drop, Line
+from omnilora.plans.product import Drop, Line, Weight
+from omnilora.stores.quantized_layer import Dequantized, QuantizedLinear
 
 _off = os.environ.get("OMNILORA_PLANS", "1") == "0"
 
@@ -151,13 +152,23 @@ def ready(line: Line, flat: Tensor, dropped: Drop) -> Line:
     return line._replace(h=torch.nn.functional.linear(x, like(line.A, x)), A=None)
 
 
-def constants_of(base: Op, x: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(W, bias) where the base is x Wᵀ + bias of constants in x's dtype (None: in any)."""
+def constants_of(base: Op, x: Tensor | None) -> tuple[Weight | None, Tensor | None]:
+    """(W, bias) where the base is x Wᵀ + bias of constants in x's dtype (None: in any), or of codes that give any."""
     whole = base if isinstance(base, Base) else getattr(base, "base", None)
-    weight = whole.plain_weight if isinstance(whole, Base) else None
+    if not isinstance(whole, Base):
+        return None, None
+    if getattr(whole.forward, "__func__", None) is QuantizedLinear.forward:
+        layer: Any = whole.layer
+        constant = whole.y is None and not whole.args and not whole.kwargs and not any(learns(p) for p in layer._parameters.values())
+        return (Dequantized(layer), base.offset) if constant else (None, None)
+    weight = whole.plain_weight
     if weight is None or (x is not None and weight.dtype != x.dtype) or type(weight) not in (Tensor, torch.nn.Parameter):
         return None, None
     return weight, base.offset
+
+
+def learns(p: Tensor | None) -> bool:
+    return p is not None and p.requires_grad
 
 
 def joined(low: tuple[Low, ...], x: Tensor) -> tuple[float, Tensor, Tensor, Tensor | None]:
@@ -192,7 +203,7 @@ class Way(NamedTuple):
     h: Tensor | None
     D: Tensor
 
-    def line(self, weight: Tensor | None, bias: Tensor | None, y0: Tensor | None, normal: Normal) -> Line:
+    def line(self, weight: Weight | None, bias: Tensor | None, y0: Tensor | None, normal: Normal) -> Line:
         (low,) = normal.low
         return Line(weight, bias, low.s, y0, self.h, low.A if self.h is None else None, low.B, self.D, normal.c, normal.b)
 

@@ -15,6 +15,7 @@ from omnilora.core.site import Base, BaseLinear, ConvGeometry, Site
 from omnilora.core.state import _on_meta
 from omnilora.plans.blocks import llama
 from omnilora.plans.normal import Normal, lower
+from omnilora.stores.quantized_layer import QuantizedLinear
 
 Told = tuple[str, str]  # plan, reason
 
@@ -58,7 +59,7 @@ def _told(site: Site, how: Parameterization, leaves: Mapping[str, Leaf], quantiz
         return ("node", "") if served else ("tree", "Groups, padding modes, gates, magnitudes and dropout of convolutions run the tree.")
     if not isinstance(normal.base, (Base, BaseLinear)):
         return "node", f"{form} has a part that its tree applies; the rest is one node."
-    if quantized or not site.store.dense:
+    if not quantized and not site.store.dense and not isinstance(site.layer, QuantizedLinear):
         return "node", "The layer makes its own product; the rest is one node."
     return ("block", "") if inside else ("node", "")
 

@@ -17,15 +17,18 @@ from torch import Tensor
 
 from omnilora.plans.elementwise import Seed, drop, drop_add_, kept, magnify_, magnify_backward, wide
 
+Weight = Any  # a Tensor (out, in), or :class:`~omnilora.stores.quantized_layer.Dequantized`
+
 
 class Line(NamedTuple):
-    """One product. W (out, in) and bias (out,) are constants; where W is None, ``y0`` (tokens, out) is what the base gave.
+    """One product. W (out, in) and bias (out,) are constants, in any dtype, W also as codes; where W is None, ``y0`` (tokens, out)
+    is what the base gave.
 
     A (r, in), B (out, r), D (r,) or (tokens, r), c and b (out,), in any floating dtype; B None: the base alone. Where A is None
     beside a B, ``h`` (tokens, r) is what it gave.
     """
 
-    W: Tensor | None
+    W: Weight | None
     bias: Tensor | None
     s: float = 1.0
     y0: Tensor | None = None
@@ -42,7 +45,7 @@ class Line(NamedTuple):
 
     @property
     def out(self) -> int:
-        return self.W.shape[0] if self.W is not None else self.y0.shape[-1]  # type: ignore[union-attr]
+        return int(self.W.shape[0]) if self.W is not None else self.y0.shape[-1]  # type: ignore[union-attr]
 
 
 FIELDS = Line._fields[3:]
@@ -124,7 +127,7 @@ def divides(line: Line, dtype: torch.dtype) -> bool:
 
 
 def weight_of(line: Line, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """W and bias in the data's dtype: copies under autocast, made where they are read."""
+    """W and bias in the data's dtype: copies under autocast and of codes, made where they are read."""
     return cast(line.W, dtype), None if line.bias is None else cast(line.bias, dtype)  # type: ignore[arg-type]
 
 

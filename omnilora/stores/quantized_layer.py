@@ -16,6 +16,21 @@ from omnilora.core.targets import matches
 from omnilora.errors import AttachError, TargetError, nearest
 
 
+@dataclass(frozen=True, eq=False)
+class Dequantized:
+    """dq(Ŵ) (out, in) of a layer as a value that is made wherever it is read, in the dtype that is asked for."""
+
+    layer: QuantizedLinear
+    dtype: None = None  # no tensor's
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layer.out_features, self.layer.in_features
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        return self.layer.dequantized(dtype)
+
+
 class _Product(torch.autograd.Function):
     """x dq(Ŵ)ᵀ that dequantizes again in the backward pass instead of keeping the dense weight."""
 

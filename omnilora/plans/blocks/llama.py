@@ -25,6 +25,7 @@ from omnilora.plans.node import constants, products
 from omnilora.plans.normal import Normal, lower
 from omnilora.plans.product import Drop, Line
 from omnilora.plans.quick import standing
+from omnilora.stores.quantized_layer import Dequantized, QuantizedLinear
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -96,11 +97,12 @@ def act_of(module: Callable[[Tensor], Tensor]) -> str:
 def normal_of(module: nn.Module, ctx: Context, x: Tensor) -> Normal:
     """The adapted map of a linear layer that reads x, in normal form over constants."""
     if not isinstance(module, Adapted):
-        if type(module) is not nn.Linear or any(p.requires_grad for p in module.parameters()):
+        plain = type(module) is nn.Linear or type(module).forward is QuantizedLinear.forward
+        if not plain or any(p.requires_grad for p in module.parameters()):
             raise Declined(f"{type(module).__name__} is no constant linear layer")
         return Normal(None)
     mine = module.adapters
-    if own_class(module).forward is not nn.Linear.forward or mine.inner is not None or mine.merged:
+    if own_class(module).forward not in (nn.Linear.forward, QuantizedLinear.forward) or mine.inner is not None or mine.merged:
         raise Declined("a linear layer has a forward of its own")
     if ctx.active is None and (found := standing(module, mine)) is not None:
         return found
@@ -110,7 +112,7 @@ def normal_of(module: nn.Module, ctx: Context, x: Tensor) -> Normal:
         return Normal(None)
     if any(not s.site.called for s, _ in pairs):
         raise Declined("a tensor of a linear layer is adapted by itself")
-    normal = lower(build(Base(pairs[0][0].site, module, nn.Linear.forward.__get__(module)), pairs, ctx))
+    normal = lower(build(Base(pairs[0][0].site, module, own_class(module).forward.__get__(module)), pairs, ctx))
     if normal.base is None or constants_of(normal.base, x)[0] is None:
         plain = isinstance(normal.base, (Base, BaseLinear))
         raise Declined("the base is no plain constant weight in the data's dtype" if plain
@@ -126,16 +128,17 @@ def dropout_of(normals: list[Normal]) -> Drop:
     return Drop(p, draw_seed()) if p > 0.0 else Drop()
 
 
-def line_of(module: Any, normal: Normal, x: Tensor | None, way: Way | None = None) -> Line:
-    """``x`` (tokens as the gates want them) where gates read it; ``way``: what they gave, where a linear router told them."""
+def line_of(module: Any, normal: Normal, x: Tensor, way: Way | None = None) -> Line:
+    """``x``: data of the line's dtype, the tokens themselves where gates read them; ``way``: what they gave, where a linear router
+    told them."""
     if normal.base is None:
-        return Line(module.weight, module.bias)
-    weight, bias = constants_of(normal.base, module.weight)
+        return Line(Dequantized(module) if isinstance(module, QuantizedLinear) else module.weight, module.bias)
+    weight, bias = constants_of(normal.base, x)
     if not normal.low:
         return Line(weight, bias, c=normal.c, b=normal.b)
     if way is not None:
         return way.line(weight, bias, None, normal)
-    s, a, b, d = joined(normal.low, module.weight if x is None else x)
+    s, a, b, d = joined(normal.low, x)
     return Line(weight, bias, s, A=a, B=b, D=d, c=normal.c, b=normal.b)
 
 
@@ -173,7 +176,7 @@ class Block:
             inner, ways = routed(normals, inner, dropped)
         lines = tuple(line_of(m, n, inner, w) for m, n, w in zip(projections, normals, ways))
         spec = Heads(constants(lines), dropped, norm, None if own else Turn(cosine, sine),
-                     tuple(m.weight.shape[0] // attn.head_dim for m in projections), attn.head_dim)  # fmt: skip
+                     tuple(m.out_features // attn.head_dim for m in projections), attn.head_dim)  # fmt: skip
         through, q, k, v = Projections.apply(spec, inner, *[t for line in lines for t in line.learned])
         if own:
             q, k = (m(t.transpose(1, 2)).transpose(1, 2) for m, t in ((attn.q_norm, q), (attn.k_norm, k)))
@@ -198,8 +201,8 @@ class Block:
             p, (way,) = routed([last], Gated.apply(e, u, self.act).view(*x.shape[:2], -1), after)
             down = line_of(mlp.down_proj, last, p, way)
             return Output.apply(*constants((down,)), after, residual, p, *down.learned)  # type: ignore[no-any-return]
-        lines = tuple(line_of(m, n, None) for m, n in zip((mlp.gate_proj, mlp.up_proj), normals))
-        down = line_of(mlp.down_proj, last, None)
+        lines = tuple(line_of(m, n, x) for m, n in zip((mlp.gate_proj, mlp.up_proj), normals))
+        down = line_of(mlp.down_proj, last, x)
         spec = Pair(constants(lines), constants((down,))[0], dropout_of(normals), dropout_of([last]), self.norms[1], self.act)
         return GatedPair.apply(spec, x, *[t for line in (*lines, down) for t in line.learned])  # type: ignore[no-any-return]
 
