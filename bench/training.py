@@ -1,6 +1,6 @@
 """Training steps as ratios to the frozen model of the library it comes from, with what each step keeps.
 
-    python bench/training.py [--only fp32,bf16,wide,smollm,sites,methods] [--rounds 7] [--quick] [--out bench/results/training.json]
+    python bench/training.py [--only fp32,bf16,nf4,wide,smollm,sites,methods] [--rounds 7] [--quick] [--out bench/results/training.json]
 
 A step is forward, loss, and backward to the input's embeddings. "frozen" is transformers' own model with its own loss. PEFT runs
 as users run it, and with every layer compiled and our chunked loss. Ours runs with the loss that ``ol.fit`` takes.
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import peft
 import torch
 import transformers
@@ -110,6 +111,19 @@ def methods(base: nn.Module, ids: Tensor, rounds: int, title: str) -> dict[str, 
     return measure(title, variants, rounds)
 
 
+def four_bits(base: nn.Module, ids: Tensor, rounds: int) -> dict[str, Any]:
+    """QLoRA: NF4 with double quantization, bitsandbytes' layers under PEFT, ours under ours."""
+    whole, lean = whole_loss(ids), lean_loss(ids)
+    other = copy.deepcopy(base)
+    for name, layer in [(n, m) for n, m in other.named_modules() if n.rpartition(".")[2] in LINEAR]:
+        made = bnb.nn.Linear4bit(layer.in_features, layer.out_features, False, compute_dtype=layer.weight.dtype, quant_type="nf4",
+                                 compress_statistics=True)  # fmt: skip
+        made.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        other.set_submodule(name, made.to("cpu"))
+    variants = frozen(base, ids) | {"peft qlora": (theirs(other, 16), whole), "omnilora qlora": (ours(base, "qlora", r=16), lean)}
+    return measure("Llama 30 M, NF4, r 16, bf16", variants, rounds)
+
+
 def sites(rounds: int, quick: bool) -> dict[str, Any]:
     """Architectures without a block plan: an encoder and a convolutional net."""
     torch.manual_seed(0)
@@ -158,6 +172,8 @@ def run(only: set[str], rounds: int, quick: bool) -> dict[str, Any]:
             out[f"llama 30M {dtype}"] = lora(without_cache(llama(quick, dtype)), ids, 16, rounds, f"Llama 30 M, r 16, {dtype}", not quick)
         if "methods" in only and (dtype in only or not only & {"fp32", "bf16"}):
             out[f"methods {dtype}"] = methods(without_cache(llama(quick, dtype)), ids, rounds, f"Llama 30 M, methods, {dtype}")
+    if "nf4" in only:
+        out["nf4 bf16"] = four_bits(without_cache(llama(quick, "bf16")), ids, rounds)
     if "wide" in only:
         for dtype in ("fp32", "bf16"):
             base = without_cache(llama(quick, dtype, width=1024))
@@ -170,7 +186,7 @@ def run(only: set[str], rounds: int, quick: bool) -> dict[str, Any]:
     return out
 
 
-PARTS = ("fp32", "bf16", "wide", "smollm", "sites", "methods")
+PARTS = ("fp32", "bf16", "nf4", "wide", "smollm", "sites", "methods")
 
 
 def main() -> None:

@@ -216,6 +216,31 @@ def test_storage():
     assert {t.untyped_storage().nbytes() for t in (twice.codes, twice.absmax)} == {524288, 16384}, "no view of more"
 
 
+@pytest.mark.parametrize("shape", [(96, 176), (7, 33), (513,), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "nf3"])
+def test_the_kernel_gives_the_same_bits(shape, dtype, quant_type, monkeypatch):
+    torch.manual_seed(0)
+    for size, double in ((32, False), (64, True), (256, True)):
+        packed = nf4.quantize(torch.randn(shape) * 3, size, quant_type, double)
+        fast = packed.dequantize(dtype)
+        with monkeypatch.context() as m:
+            m.setattr(nf4, "_native", lambda *a: None)
+            slow = packed.dequantize(dtype)
+        bits = torch.int32 if dtype == torch.float32 else torch.int16
+        assert torch.equal(fast.view(bits), slow.view(bits))
+
+
+def test_dequantize_under_a_dispatch_mode_is_made_of_operations():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    packed = nf4.quantize(torch.randn(8, 64))
+    want = packed.dequantize()
+    with FlopCounterMode(display=False):
+        assert nf4._native(packed.codes.reshape(-1), nf4._TABLES["nf4"], packed.scales(), 512, 64, torch.float32) is None
+        assert torch.equal(packed.dequantize(), want)
+
+
 def test_dequantize_compiles_to_the_same_values():
     packed = quantize(torch.randn(64, 192))
     assert same(torch.compile(lambda p: p.dequantize(torch.bfloat16), backend="aot_eager", fullgraph=True)(packed),

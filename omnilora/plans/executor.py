@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from omnilora.core.op import Geometry, Op, like
 from omnilora.core.site import Base, ConvGeometry
 from omnilora.plans.convolution import convolved
 from omnilora.plans.elementwise import draw_seed, low_rank_squares
+from omnilora.plans.native import watched
 from omnilora.plans.node import Dropped, Entered, products
 from omnilora.plans.normal import Low, Normal, lower
 from omnilora.plans.product import Drop, Line, Weight
@@ -41,17 +40,6 @@ def off() -> Iterator[None]:
 
 def serves() -> bool:
     return not _off
-
-
-def watched() -> bool:
-    """Whether somebody follows each operation: a function transform, a tracer, a mode that counts, records or replays. Native code
-    and writes in place are nothing to them."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or (torch._C._len_torch_function_stack() > 0 and not all(isinstance(m, DeviceContext) for m in _get_current_function_mode_stack()))
-    )
 
 
 def free(x: Tensor) -> bool:

@@ -1,5 +1,5 @@
-// Elementwise parts of fused passes: RMS norm, gated activation, rotation, dropout, magnitudes, the slope of cross-entropy. One
-// pass over memory each.
+// Elementwise parts of fused passes: RMS norm, gated activation, rotation, dropout, magnitudes, the slope of cross-entropy, weights
+// of four bits. One pass over memory each.
 // Plain C functions over contiguous arrays, in fp32 and bf16 (sums and arithmetic in fp32). Sizes are 64-bit.
 
 #include <algorithm>
@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
 
 #include "bf16.h"
 
@@ -276,6 +280,47 @@ void cross_entropy(T* z, const int64_t* y, float* loss, int64_t rows, int64_t n,
     }
 }
 
+// Sixteen at a time: how many of `count` numbers were looked up in t by nibbles of c, the first of each byte the higher one.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline __m128i nibbles(const uint8_t* c) {
+    const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(c)), low = _mm_set1_epi8(15);
+    return _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(v, 4), low), _mm_and_si128(v, low));
+}
+inline int64_t look_up(const uint8_t* c, const float* t, float* to, int64_t count) {
+    const __m512 table = _mm512_loadu_ps(t);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) _mm512_storeu_ps(to + i, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(nibbles(c + i / 2)), table));
+    return i;
+}
+inline int64_t look_up(const uint8_t* c, const bf16* t, bf16* to, int64_t count) {
+    const __m256i table = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(t));
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_permutexvar_epi16(_mm256_cvtepu8_epi16(nibbles(c + i / 2)), table));
+    return i;
+}
+#else
+template <class T>
+inline int64_t look_up(const uint8_t*, const T*, T*, int64_t) {
+    return 0;
+}
+#endif
+
+// out (n) = levels[code] · scale[block], the product in fp32 and rounded once; blocks of `size` numbers, an even count
+template <class T>
+void dequantize(const uint8_t* codes, const float* levels, const float* scale, T* out, int64_t n, int64_t size) {
+    const int64_t blocks = (n + size - 1) / size;
+#pragma omp parallel for schedule(static) if (n > GRAIN)
+    for (int64_t b = 0; b < blocks; ++b) {
+        T t[16];
+        for (int k = 0; k < 16; ++k) store(t[k], levels[k] * scale[b]);
+        const uint8_t* c = codes + b * (size / 2);
+        T* to = out + b * size;
+        const int64_t count = std::min(size, n - b * size);
+        for (int64_t i = look_up(c, t, to, count); i < count; ++i) to[i] = t[i % 2 ? c[i / 2] & 15 : c[i / 2] >> 4];
+    }
+}
+
 }  // namespace
 
 #define BOTH(NAME, PARAMETERS, ...)                                   \
@@ -317,5 +362,8 @@ void low_rank_squares_f32(const float* w, const float* u, const float* b, const 
 }
 #define P(T) (T* z, const int64_t* y, float* loss, int64_t rows, int64_t n, float s, int64_t slope)
 BOTH(cross_entropy, P, z, y, loss, rows, n, s, slope)
+#undef P
+#define P(T) (const uint8_t* codes, const float* levels, const float* scale, T* out, int64_t n, int64_t size)
+BOTH(dequantize, P, codes, levels, scale, out, n, size)
 #undef P
 }

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 KERNELS = "kernels"  # elementwise parts of fused passes
 RAGGED = "ragged"  # low-rank updates of many adapters in one batch
@@ -114,6 +116,17 @@ def library(source: str = KERNELS) -> ctypes.CDLL | None:
 
 def reason(source: str = KERNELS) -> str:
     return _load(source)[1]
+
+
+def watched() -> bool:
+    """Whether somebody follows each operation: a function transform, a tracer, a mode that counts, records or replays. Native code
+    and writes in place are nothing to them."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or (torch._C._len_torch_function_stack() > 0 and not all(isinstance(m, DeviceContext) for m in _get_current_function_mode_stack()))
+    )
 
 
 def serves(*tensors: Tensor) -> bool:

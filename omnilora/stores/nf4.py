@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omnilora.errors import BadValue, FileRefused, NotExpressible, StateMismatch, nearest
+from omnilora.plans import native
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED = 256
@@ -81,6 +82,21 @@ def _pairs(levels: Tensor) -> Tensor:
 _PAIRS = {name: _pairs(levels) for name, levels in _LEVELS.items()}
 
 
+_TABLES = {name: F.pad(levels, (0, 16 - len(levels))) for name, levels in _LEVELS.items()}
+
+
+def _native(codes: Tensor, levels: Tensor, scale: Tensor, n: int, size: int, dtype: torch.dtype) -> Tensor | None:
+    """The values (n,) by a kernel, the same bit for bit; None where there is none for these tensors."""
+    if torch.compiler.is_compiling() or native.watched() or dtype not in native.DTYPES or native.library() is None:
+        return None
+    plain = type(codes) is Tensor and codes.is_cpu and codes.dtype == torch.uint8 and codes.is_contiguous() and codes.numel() * 2 >= n
+    if not plain or type(scale) is not Tensor or scale.dtype != torch.float32 or not scale.is_contiguous() or scale.numel() * size < n:
+        return None
+    out = torch.empty(n, dtype=dtype, device=codes.device)
+    native.call("dequantize", dtype, codes, levels, scale, out, n, size)
+    return out
+
+
 @dataclass(frozen=True, eq=False)
 class Packed:
     """A tensor in four bits.
@@ -114,6 +130,8 @@ class Packed:
         if not dtype.is_floating_point:
             raise BadValue(f"{dtype} holds no fractions.", "Give a floating dtype.")
         size, codes, scale = self.blocksize, self.codes.reshape(-1), self.scales()
+        if (made := _native(codes, _TABLES[self.quant_type], scale, prod(self.shape), size, dtype)) is not None:
+            return made.view(self.shape)
         table, n = _PAIRS[self.quant_type].to(codes.device), prod(self.shape)
         whole = codes.device.type != "cpu" or torch.compiler.is_compiling()
         step = -(-n // size) if whole else max(_READ // size, 1)
