@@ -25,7 +25,7 @@ from omnilora.errors import AttachError, ContextError, NotExpressible
 
 executor: Callable[[Op, Tensor, Geometry], Tensor] | None = None  # applies an adapted map; None: by its tree
 rows_executor: Callable[..., Any] | None = None  # runs a layer whose rows differ, or says NotImplemented; None: group by group
-quicken: Callable[[Any, Adapters], None] | None = None  # finds a layer's short way
+quicken: Callable[[Any, Adapters, Any], Any] | None = None  # finds a layer's short way for calls like the one with x
 placed: list[Callable[[nn.Module, Hub], None]] = []  # told of a model after adapters were put on it
 removed: list[Callable[[nn.Module], None]] = []  # and after they were taken off
 
@@ -65,12 +65,14 @@ class Adapters(nn.Module):
         self.merged: dict[str, Tensor] = {}  # dense weights in place of stores that cannot be written
         self.quick: Any = None  # called with x: y; None: not for this call; NotImplemented: for no call any more
         self.asked = -1  # the hub's epoch at which ``quick`` was made, or found not to be there
+        self.barren = -1  # the hub's epoch at which nothing was found that serves calls with gradients
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"quick": None, "asked": -1}
+        return self.__dict__ | {"quick": None, "asked": -1, "barren": -1}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("barren", -1)
         if "counts" not in self.__dict__:  # from before sites were counted
             self.counts = dict(Counter(s.site.name for group in self.slots.values() for s in group))
 
@@ -186,9 +188,10 @@ def shortly(layer: Any, mine: Adapters, forward: Callable[..., Any], x: Any) -> 
     local = mine.hub.local
     rows = local.context.rows
     if rows is None:
-        if mine.quick is None:
+        quick = mine.quick
+        if quick is None:
             return None
-        y = mine.quick(x)
+        y = quick(x)
         if y is NotImplemented:
             mine.asked = -1
             return None
@@ -215,10 +218,10 @@ def run(layer: Any, mine: Adapters, forward: Callable[..., Any], args: tuple[Any
         visits.add(id(mine))
     if ctx.rows is not None:
         return _run_rows(layer, mine, ctx, ctx.rows, forward, args, kwargs)
-    if quicken is not None and mine.asked != hub.epoch:
-        quicken(layer, mine)
-        if mine.quick is not None and not kwargs and len(args) == 1:  # from the first call on: one that rounds otherwise is none
-            y = mine.quick(args[0])
+    if quicken is not None and mine.asked != hub.epoch and len(args) == 1 and not kwargs:
+        quick = quicken(layer, mine, args[0])
+        if quick is not None:  # from the first call on: one that rounds otherwise is none
+            y = quick(args[0])
             if y is not None and y is not NotImplemented:
                 return y
     return _run_set(layer, mine, active, ctx, forward, args, kwargs)

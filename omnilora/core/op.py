@@ -331,7 +331,7 @@ class Dropout(Part):
 @dataclass(frozen=True, eq=False)
 class Gate(Part):
     """Multiplies features by f(x), x being the tokens of the layer's input: a diagonal that depends on the token. A linear
-    router R (n, in) that f asks first is better told: f(x Rᵀ) then, in the dtype of R."""
+    router R (n, in) that f asks first is better told: f(x Rᵀ) then, in the dtype of R. f does not write into what it is given."""
 
     f: Callable[[Tensor], Tensor]
     R: Tensor | None = None

@@ -102,8 +102,8 @@ def merges(x: Tensor, weight: Tensor, A: Tensor, options: Options) -> bool:
 
 def _full_precision() -> bool:
     """Whether oneDNN's convolutions of fp32 numbers multiply fp32 numbers."""
-    settings: Any = torch.backends.mkldnn
-    return settings.conv.fp32_precision in ("none", "ieee")  # type: ignore[no-any-return]
+    settings = getattr(torch.backends.mkldnn, "conv", None)  # older torch has no such setting
+    return getattr(settings, "fp32_precision", "ieee") in ("none", "ieee")
 
 
 def _merged(weight: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:

@@ -82,7 +82,9 @@ def execute(op: Op, x: Tensor, geo: Geometry) -> Tensor:
     if any(k.p != p for k in normal.low):
         return op.apply(x, geo)
     dropped = Drop(p, draw_seed()) if p > 0.0 else Drop()
-    x, (way,) = routed([normal], x, dropped)
+    way = None
+    if constants_of(normal.base, x)[0] is not None:  # a base that makes its own product reads x as it came
+        x, (way,) = routed([normal], x, dropped)
     flat = x.reshape(-1, x.shape[-1])
     line = line_of(normal, x, flat, geo, dropped, way)
     if line is None:

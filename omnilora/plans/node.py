@@ -22,10 +22,10 @@ from omnilora.plans.product import (
     cast,
     formula,
     forward,
+    full,
     narrow_side,
-    narrowed,
-    outer,  # fmt: skip
-    weight_of,
+    narrowed,  # fmt: skip
+    outer,
 )
 
 
@@ -34,7 +34,7 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, line: Line, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        y = F.linear(x, *weight_of(line, x.dtype))
+        y = full(x, line)
         h = x @ cast(A, x.dtype).t()
         ctx.line = line
         ctx.save_for_backward(x, A, B, h)
@@ -108,7 +108,7 @@ def derivatives(f: Callable[..., Sequence[Tensor]], gs: Any, inputs: Any, needs:
     own = [None if t is None else t.view_as(t) for t in inputs]
     ys = f(*own)
     asked = [t for t, need in zip(own, needs) if need]
-    pairs = [(y, g) for y, g in zip(ys, gs) if g is not None]
+    pairs = [(y, g) for y, g in zip(ys, gs) if g is not None and y.requires_grad]
     found = iter(torch.autograd.grad([y for y, _ in pairs], asked, [g for _, g in pairs], create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]
 
@@ -135,6 +135,7 @@ class Entered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *Ms: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *Ms)
+        ctx.set_materialize_grads(False)
         h = cast(x, Ms[0].dtype) @ torch.cat(Ms).t()
         return x.view_as(x), *h.split([len(m) for m in Ms], 1)
 

@@ -126,19 +126,21 @@ def divides(line: Line, dtype: torch.dtype) -> bool:
     return line.b is None and dtype != torch.float16
 
 
-def weight_of(line: Line, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """W and bias in the data's dtype: copies under autocast and of codes, made where they are read."""
-    return cast(line.W, dtype), None if line.bias is None else cast(line.bias, dtype)  # type: ignore[arg-type]
+def full(x: Tensor, line: Line) -> Tensor:
+    """x Wᵀ + bias in the data's dtype; copies under autocast and of codes are made where they are read."""
+    W, bias = cast(line.W, x.dtype), None if line.bias is None else cast(line.bias, x.dtype)  # type: ignore[arg-type]
+    if bias is None or isinstance(line.W, Tensor):
+        return F.linear(x, W, bias)
+    return F.linear(x, W) + bias  # as the layer itself rounds
 
 
 def _based(x: Tensor, line: Line, into: Tensor | None) -> Tensor:
     if line.W is None:
         return line.y0  # type: ignore[return-value]
-    W, bias = weight_of(line, x.dtype)
     if into is None or line.c is not None:
-        return F.linear(x, W, bias)
-    y = torch.addmm(into, x, W.t())
-    return y if bias is None else y.add_(bias)
+        return full(x, line)
+    y = torch.addmm(into, x, cast(line.W, x.dtype).t())
+    return y if line.bias is None else y.add_(cast(line.bias, x.dtype))
 
 
 class Wanted(NamedTuple):
@@ -243,7 +245,7 @@ def formula(x: Tensor, lines: tuple[Line, ...], dropped: Drop) -> list[Tensor]:
     xd = torch.where(kept(x.shape, dropped.seed, dropped.p, x.device), x / (1 - dropped.p), 0.0) if dropped else x
     ys = []
     for line in lines:
-        y = line.y0 if line.W is None else F.linear(x, *weight_of(line, x.dtype))
+        y = line.y0 if line.W is None else full(x, line)
         if line.B is not None:
             u = line.h if line.A is None else F.linear(xd, line.A.to(x.dtype))
             u = u if line.D is None else u * cast(line.D, u.dtype)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnilora.core.context import EMPTY, Context
+from omnilora.core.context import ActiveSet, Context
 from omnilora.core.layer import Adapters, build
 from omnilora.core.site import Base
 from omnilora.core.standin import own_class
@@ -50,52 +50,65 @@ class _Blind(Context):
         raise _Read(name)
 
 
-def quicken(layer: Any, mine: Adapters) -> None:
-    """Put on ``mine`` the short way for the active set, or None where the map is no low-rank term beside a plain weight."""
-    if executor.serves():
-        mine.quick, mine.asked = _made(layer, mine), mine.hub.epoch
+def quicken(layer: Any, mine: Adapters, x: Tensor) -> Short | None:
+    """Put on ``mine`` the short way for the active set, for calls like the one with x: None where the map is no low-rank term beside
+    a plain weight. Nothing is looked for where somebody follows the operations."""
+    hub, learns = mine.hub, torch.is_grad_enabled()
+    epoch, active = hub.epoch, hub.active  # in this order: a set that is newer than its epoch is found out
+    if not executor.free(x) or (learns and mine.barren == epoch):
+        return None
+    made = _made(layer, mine, epoch, active)
+    if learns and (made is None or made.own is None):
+        mine.barren = epoch  # copies are made when a call without gradients wants them
+        return None
+    if made is not None and not (made.own or made.hold()):
+        made = None
+    mine.quick, mine.asked = made, epoch
+    return made
 
 
-def standing(layer: Any, mine: Adapters) -> Normal | None:
+def standing(layer: Any, mine: Adapters, x: Tensor) -> Normal | None:
     """The layer's normal form under the active set where it needs no building: over parameters that are the slot's own."""
-    if mine.asked != mine.hub.epoch:
-        quicken(layer, mine)
-    found = mine.quick
+    hub, found = mine.hub, mine.quick
+    if mine.asked != hub.epoch:
+        found = quicken(layer, mine, x)
     if found is None or found.own is None:
         return None
-    if found.still() and found.own.still():
+    if found.epoch == hub.epoch and found.active is hub.active and found.still() and found.own.still():
         return found.normal
     mine.asked = -1
     return None
 
 
-def _made(layer: Any, mine: Adapters) -> Short | None:
-    hub = mine.hub
-    pairs = [(s, w) for name, w in hub.active for s in mine.slots.get(name, ())]
+def _made(layer: Any, mine: Adapters, epoch: int, active: ActiveSet) -> Short | None:
+    pairs = [(s, w) for name, w in active for s in mine.slots.get(name, ())]
     if not pairs or mine.inner is not None or own_class(layer).forward is not nn.Linear.forward:
         return None
     if any(not s.site.called or s.site.kind != "linear" for s, _ in pairs):
         return None
     base, before = Base(pairs[0][0].site, layer, nn.Linear.forward.__get__(layer)), torch.get_rng_state()
     try:
-        normal = lower(build(base, pairs, _Blind()))
+        with torch.no_grad(), torch.autocast(layer.weight.device.type, enabled=False):
+            normal = lower(build(base, pairs, _Blind()))
     except _Read:
         return None
+    finally:
+        after = torch.get_rng_state()
+        torch.set_rng_state(before)
     if normal.base is None or not normal.low or executor.constants_of(normal.base, layer.weight)[0] is None:
         return None
-    if any(k.gates for k in normal.low) or not torch.equal(before, torch.get_rng_state()):
+    if any(k.gates for k in normal.low) or not torch.equal(before, after):
         return None
-    made = Short(layer, mine, pairs, normal)
-    return None if made.own is None and (made.drops or made.hold() is None) else made
+    return Short(layer, mine, pairs, normal, epoch, active)
 
 
 class Short:
     """The short way of one layer. ``own``: for a term over the slot's own parameters, which alone serves calls with gradients."""
 
-    def __init__(self, layer: Any, mine: Adapters, pairs: Pairs, normal: Normal) -> None:
-        self.layer, self.pairs, self.normal = layer, pairs, normal
+    def __init__(self, layer: Any, mine: Adapters, pairs: Pairs, normal: Normal, epoch: int, active: ActiveSet) -> None:
+        self.layer, self.pairs, self.normal = layer, pairs, normal  # the last for ``own``, or until copies are made of it
         self.hub, self.local, self.me = mine.hub, mine.hub.local, id(mine)
-        self.active, self.epoch, self.dtype = self.hub.active, self.hub.epoch, layer.weight.dtype
+        self.active, self.epoch, self.dtype = active, epoch, layer.weight.dtype
         self.scales = [(s, s.scale, s.how, s.training) for s, _ in pairs]
         self.drops = any(k.p for k in normal.low)
         self.own = Own.of(layer, pairs, normal)
@@ -105,7 +118,8 @@ class Short:
         hub, learns = self.hub, torch.is_grad_enabled()
         if hub.epoch != self.epoch or hub.active is not self.active:
             return NotImplemented
-        if hub.merged or self.local.context is not EMPTY or (self.own is None if learns else self.drops):
+        ctx = self.local.context
+        if hub.merged or ctx.active is not None or ctx.rows is not None or ctx.recomputed or (self.own is None if learns else self.drops):
             return None
         if not executor.plain(x) or x.dtype is not self.dtype:
             return None
@@ -116,7 +130,11 @@ class Short:
         if learns:
             return self.own.learn(x)  # type: ignore[union-attr]
         call = self.call or self.hold()
-        return None if call is None else call(x)
+        if call is None:
+            return None
+        y = call(x)
+        self.call = None if y is NotImplemented else call
+        return y
 
     def still(self) -> bool:
         for slot, scale, how, training in self.scales:
@@ -126,7 +144,9 @@ class Short:
 
     def hold(self) -> Quick | None:
         """What answers calls without gradients."""
-        self.call = _direct(self.own) or _held(self.layer, self.pairs, self.normal)
+        self.call = None if self.drops else _direct(self.own) or _held(self.layer, self.pairs, self.normal)
+        if self.own is None:
+            self.normal = Normal()
         return self.call
 
 
@@ -142,7 +162,7 @@ class Own:
     def of(cls, layer: Any, pairs: Pairs, normal: Normal) -> Own | None:
         (low, *more), (slot, _) = normal.low, pairs[0]
         names = {id(t): n for n, t in slot._parameters.items() if t is not None}
-        inside = all(t is None or id(t) in names for t in (low.A, low.B, low.D))
+        inside = all(t is None or (id(t) in names and type(t) is nn.Parameter) for t in (low.A, low.B, low.D))
         whole = isinstance(normal.base, Base) and normal.c is None and normal.b is None
         if more or not inside or not whole or layer._parameters.get("weight") is not executor.constants_of(normal.base, layer.weight)[0]:
             return None
@@ -170,10 +190,13 @@ def _direct(own: Own | None) -> Quick | None:
     """For factors in the data's dtype: nothing is copied."""
     if own is None or own.low.D is not None or own.low.A.dtype != own.dtype or own.low.B.dtype != own.dtype:
         return None
-    still, w, params, add = own.still, own.w, own.params, _Update(own.low.A, own.low.B, own.low.s)
+    still, w, params, dtype, add = own.still, own.w, own.params, own.dtype, _Update(own.low.A, own.low.B, own.low.s)
+    a, b = own.low.A, own.low.B
 
     def call(x: Tensor) -> Any:
-        return add(x, F.linear(x, w, params.get("bias"))) if still() else NotImplemented
+        if not still() or a.dtype is not dtype or b.dtype is not dtype:
+            return NotImplemented
+        return add(x, F.linear(x, w, params.get("bias")))
 
     return call
 

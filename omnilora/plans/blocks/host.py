@@ -93,7 +93,11 @@ def run(layer: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         return forward(*args, **kwargs)
     if (visits := hub.local.visits) is not None:
         visits.update(_adapted(layer))
-    return _pass(layer, state, x, rest, ctx)
+    try:
+        return _pass(layer, state, x, rest, ctx)
+    except Declined as why:  # what was served at the trial is not any more
+        state.refused["layer"] = str(why)
+        return forward(*args, **kwargs)
 
 
 def _adapted(layer: nn.Module) -> Iterator[int]:

@@ -104,7 +104,8 @@ def normal_of(module: nn.Module, ctx: Context, x: Tensor) -> Normal:
     mine = module.adapters
     if own_class(module).forward not in (nn.Linear.forward, QuantizedLinear.forward) or mine.inner is not None or mine.merged:
         raise Declined("a linear layer has a forward of its own")
-    if ctx.active is None and (found := standing(module, mine)) is not None:
+    found = standing(module, mine, x) if ctx.active is None else None
+    if found is not None and constants_of(found.base, x)[0] is not None:  # type: ignore[arg-type]
         return found
     active = mine.hub.active if ctx.active is None else ctx.active
     pairs = [(s, w) for name, w in active if name in mine.slots for s in mine.slots[name] if s.site.kind != "source"]
@@ -142,6 +143,11 @@ def line_of(module: Any, normal: Normal, x: Tensor, way: Way | None = None) -> L
     return Line(weight, bias, s, A=a, B=b, D=d, c=normal.c, b=normal.b)
 
 
+def _rows(module: Any) -> int:
+    """Of the weight: a layer cut by hand often tells an old width."""
+    return int(module.out_features if isinstance(module, QuantizedLinear) else module.weight.shape[0])
+
+
 def gates_in(normals: list[Normal]) -> bool:
     return any(k.gates for n in normals for k in n.low)
 
@@ -176,7 +182,7 @@ class Block:
             inner, ways = routed(normals, inner, dropped)
         lines = tuple(line_of(m, n, inner, w) for m, n, w in zip(projections, normals, ways))
         spec = Heads(constants(lines), dropped, norm, None if own else Turn(cosine, sine),
-                     tuple(m.out_features // attn.head_dim for m in projections), attn.head_dim)  # fmt: skip
+                     tuple(_rows(m) // attn.head_dim for m in projections), attn.head_dim)  # fmt: skip
         through, q, k, v = Projections.apply(spec, inner, *[t for line in lines for t in line.learned])
         if own:
             q, k = (m(t.transpose(1, 2)).transpose(1, 2) for m, t in ((attn.q_norm, q), (attn.k_norm, k)))
