@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 
@@ -82,8 +83,6 @@ def test_looking_draws_nothing():
         def delta(self, p, ctx):
             return float(1 + torch.rand(())) * super().delta(p, ctx)
 
-    import dataclasses
-
     model = nn.Sequential(nn.Linear(4, 4))
     ol.adapt(model, dataclasses.replace(ol.method("lora", r=2), parameterization=Drawing(r=2)))
     states = []
@@ -135,6 +134,20 @@ def test_a_router_reports_once_where_no_plan_serves():
     with ol.context(model) as ctx:
         model(torch.randn(4, 6))
     assert [name for _, name, _ in ctx.sink] == ["router_logits"]
+
+
+def test_a_form_that_reports_is_heard_in_every_row():
+    class Telling(LoRA):
+        def delta(self, p, ctx):
+            ctx.emit(p.site.name, "norm", p.B.detach().norm())
+            return super().delta(p, ctx)
+
+    model = nn.Sequential(nn.Linear(6, 5)).eval()
+    for name in "ab":
+        ol.adapt(model, dataclasses.replace(ol.method("lora", r=2), parameterization=Telling(r=2)), name=name)
+    with torch.no_grad(), ol.context(model, rows=["a", "b", None]) as ctx:
+        model(torch.randn(3, 6))
+    assert [name for _, name, _ in ctx.sink] == ["norm", "norm"]
 
 
 @pytest.mark.parametrize("learns", [True, False])

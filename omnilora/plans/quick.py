@@ -12,18 +12,18 @@ forward answers instead, and in the second case has the short way made again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnilora.core.context import ActiveSet, Context
+from omnilora.core.context import ActiveSet
 from omnilora.core.layer import Adapters, build
 from omnilora.core.site import Base
 from omnilora.core.standin import own_class
 from omnilora.plans import executor, steps
+from omnilora.plans.blind import Blind, Looked
 from omnilora.plans.elementwise import away, draw_seed, magnify_
 from omnilora.plans.node import products
 from omnilora.plans.normal import Low, Normal, lower
@@ -35,19 +35,6 @@ MOST = 512  # jobs that a layer keeps: one for each number of tokens
 Quick = Callable[[Tensor], Any]  # y, None or NotImplemented
 Pairs = list[tuple[Any, Any]]  # slots of the active set with their weights
 KEEP = Drop()
-
-
-class _Read(Exception):
-    """A form looked at the context or reports to it: its map is not one for all calls."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Blind(Context):
-    def get(self, key: str, default: Any = None) -> Any:
-        raise _Read(key)
-
-    def emit(self, site: str, name: str, value: Tensor) -> None:
-        raise _Read(name)
 
 
 def quicken(layer: Any, mine: Adapters, x: Tensor) -> Short | None:
@@ -89,8 +76,8 @@ def _made(layer: Any, mine: Adapters, epoch: int, active: ActiveSet) -> Short | 
     base, before = Base(pairs[0][0].site, layer, nn.Linear.forward.__get__(layer)), torch.get_rng_state()
     try:
         with torch.no_grad(), torch.autocast(layer.weight.device.type, enabled=False):
-            normal = lower(build(base, pairs, _Blind()))
-    except _Read:
+            normal = lower(build(base, pairs, Blind()))
+    except Looked:
         return None
     finally:
         after = torch.get_rng_state()

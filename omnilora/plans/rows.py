@@ -9,14 +9,14 @@ adapter in use is W + a low-rank term; elsewhere the core runs the trees group b
 
 Copies (another dtype than the tensors', factors that are computed) are made again when a tensor's version or address, a scale,
 a forward with gradients, train ↔ eval or a step of any optimizer says that numbers may have moved. Whoever writes through
-``.data`` or with a kernel of their own calls :func:`forget`. Importing this module puts :func:`execute` in the core's place.
+``.data`` or with a kernel of their own calls :func:`forget`.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from omnilora.core.parameterization import Slot
 from omnilora.core.site import Base
 from omnilora.errors import OmniloraError
 from omnilora.plans import native, steps
+from omnilora.plans.blind import Blind, Looked
 from omnilora.plans.executor import plain
 from omnilora.plans.normal import Low, lower
 from omnilora.plans.ragged import Job, few, function
@@ -51,25 +52,6 @@ class Term(NamedTuple):
     B: Tensor
     s: float
     seen: Seen
-
-
-class _Asked(Mapping[str, Any]):
-    """Side information that notes whether anybody reads it."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __getitem__(self, key: str) -> Any:
-        self.asked = True
-        raise KeyError(key)
-
-    def __iter__(self) -> Iterator[str]:
-        self.asked = True
-        return iter(())
-
-    def __len__(self) -> int:
-        self.asked = True
-        return 0
 
 
 def forget(model: nn.Module) -> None:
@@ -95,12 +77,12 @@ def _lowered(slot: Slot, layer: nn.Module, dtype: torch.dtype) -> Term | None:
     site = slot.site
     if slot.training or site.region is not None or site.kind != "linear" or site.geometry is not LINEAR:
         return None
-    base, asked = Base(site, layer), _Asked()
+    base = Base(site, layer)
     try:
-        normal = lower(slot.how.adapt(base, slot, Context(side=asked)))
-    except (OmniloraError, NotImplementedError):
+        normal = lower(slot.how.adapt(base, slot, Blind()))
+    except (Looked, OmniloraError, NotImplementedError):
         return None
-    if asked.asked or normal.base is not base or normal.c is not None or normal.b is not None:
+    if normal.base is not base or normal.c is not None or normal.b is not None:
         return None
     if any(k.gates or k.p > 0.0 or (k.D is not None and k.D.dim() != 1) for k in normal.low):
         return None
