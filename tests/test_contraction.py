@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import omnilora as ol
 from omnilora import contract, proofs
 from omnilora.errors import BadValue
-from omnilora.plans import contraction
+from omnilora.plans import contraction, executor
 from omnilora.plans.contraction import (
     BACKWARD,
     FORWARD,
@@ -143,7 +143,9 @@ def test_the_tree_runs_elsewhere(taken):
     torch.testing.assert_close(torch.func.jvp(ours, (x,), (x,))[1], torch.func.jvp(plain, (x,), (x,))[1])
     torch.testing.assert_close(torch.compile(ours, backend="aot_eager", fullgraph=True)(x), plain(x))
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(ours(x), plain(x))
+        with executor.off():  # a fused pass rounds otherwise
+            want = plain(x)
+        torch.testing.assert_close(ours(x), want)
     ours[0].weight.requires_grad_()
     ours(x).sum().backward()
     assert ours[0].weight.grad is not None
