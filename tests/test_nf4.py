@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from omnilora.errors import BadValue, FileRefused, NotExpressible, StateMismatch
+from omnilora.plans import native
 from omnilora.stores import nf4
 from omnilora.stores.nf4 import codebook, from_bnb_state, quantize, to_bnb_state
 
@@ -224,6 +225,8 @@ def test_the_kernel_gives_the_same_bits(shape, dtype, quant_type, monkeypatch):
     for size, double in ((32, False), (64, True), (256, True)):
         packed = nf4.quantize(torch.randn(shape) * 3, size, quant_type, double)
         fast = packed.dequantize(dtype)
+        made = nf4._native(packed.codes.reshape(-1), nf4._TABLES[quant_type], packed.scales(), fast.numel(), size, dtype)
+        assert (made is None) == (native.library() is None)
         with monkeypatch.context() as m:
             m.setattr(nf4, "_native", lambda *a: None)
             slow = packed.dequantize(dtype)

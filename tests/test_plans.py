@@ -17,13 +17,15 @@ from torch import nn
 
 import omnilora as ol
 from omnilora.contract import shake
-from omnilora.plans import convolution, elementwise, executor, native
+from omnilora.plans import convolution, elementwise, executor, native, product
 from omnilora.plans.blocks import host, llama
 from omnilora.plans.node import LowRank, Products, products
 from omnilora.plans.product import Drop, Line
 from omnilora.stores.coded import quantize_with
 from omnilora.stores.nf4_layer import quantize
 
+# a machine without a compiler has none, and runs what they are compared with
+needs_kernels = pytest.mark.skipif(native.library() is None, reason=f"kernels cannot be built here: {native.reason()}")
 METHODS = {
     "lora": {"r": 4}, "dora": {"r": 4}, "vera": {"r": 8}, "adalora": {}, "molora": {"experts": 3, "r": 2, "top_k": 2},
     "tt_lora": {}, "lora_fa": {"r": 4}, "tied_lora": {}, "loha": {},
@@ -226,7 +228,7 @@ def test_dropout_masks_have_the_right_rate_and_no_pattern(p):
             assert abs((u * v).mean()) < 5 * p * (1 - p) / n**0.5
 
 
-@pytest.mark.skipif(native.library() is None, reason="no native kernels here")
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_native_kernels_equal_their_fallbacks(dtype, monkeypatch):
     torch.manual_seed(0)
@@ -254,7 +256,7 @@ def test_native_kernels_equal_their_fallbacks(dtype, monkeypatch):
     assert torch.equal(fast[11] == 0, elementwise.drop(x, seed, 0.3) == 0)
 
 
-@pytest.mark.skipif(native.library() is None, reason="no native kernels here")
+@needs_kernels
 def test_norms_of_a_low_rank_sum_come_from_one_kernel_where_nobody_follows_them(monkeypatch):
     torch.manual_seed(0)
     w, b, a = torch.randn(19, 12), torch.randn(19, 5), torch.randn(5, 12)
@@ -737,8 +739,8 @@ def test_a_mask_is_drawn_once_for_what_shares_an_input(monkeypatch):
     x = torch.randn(1, 20, 32)
     model(inputs_embeds=x)
     seeds = []
-    was = llama.draw_seed
-    monkeypatch.setattr(llama, "draw_seed", lambda: (seeds.append(1), was())[1])
+    was = product.draw_seed
+    monkeypatch.setattr(product, "draw_seed", lambda: (seeds.append(1), was())[1])
     model(inputs_embeds=x)
     assert len(seeds) == 4  # q k v; o; gate up; down
 

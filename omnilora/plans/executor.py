@@ -17,11 +17,11 @@ from torch import Tensor
 from omnilora.core.op import Geometry, Op, like
 from omnilora.core.site import Base, ConvGeometry
 from omnilora.plans.convolution import convolved
-from omnilora.plans.elementwise import draw_seed, low_rank_squares
+from omnilora.plans.elementwise import low_rank_squares
 from omnilora.plans.native import watched
 from omnilora.plans.node import Dropped, Entered, products
 from omnilora.plans.normal import Low, Normal, lower
-from omnilora.plans.product import Drop, Line, Weight
+from omnilora.plans.product import Drop, Line, Weight, drawn
 from omnilora.stores.quantized_layer import Dequantized, QuantizedLinear
 
 _off = os.environ.get("OMNILORA_PLANS", "1") == "0"
@@ -81,7 +81,7 @@ def execute(op: Op, x: Tensor, geo: Geometry) -> Tensor:
     p = normal.low[0].p if normal.low else 0.0
     if any(k.p != p for k in normal.low):
         return op.apply(x, geo)
-    dropped = Drop(p, draw_seed()) if p > 0.0 else Drop()
+    dropped = drawn(p)
     way = None
     if constants_of(normal.base, x)[0] is not None:  # a base that makes its own product reads x as it came
         x, (way,) = routed([normal], x, dropped)
@@ -103,7 +103,7 @@ def _autocast(normal: Normal, x: Tensor) -> Tensor | None:
     weight, bias = constants_of(normal.base, None)  # type: ignore[arg-type]
     if weight is None or weight.dtype is torch.float64:
         return None
-    dropped = Drop(low[0].p, draw_seed()) if low[0].p > 0.0 else Drop()
+    dropped = drawn(low[0].p)
     with torch.autocast(x.device.type, enabled=False):
         flat = x.to(dtype).reshape(-1, x.shape[-1])
         s, a, b, d = joined(low, flat)

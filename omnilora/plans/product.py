@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omnilora.plans.elementwise import Seed, drop, drop_add_, kept, magnify_, magnify_backward, wide
+from omnilora.plans.elementwise import Seed, draw_seed, drop, drop_add_, kept, magnify_, magnify_backward, wide
 
 Weight = Any  # a Tensor (out, in), or :class:`~omnilora.stores.quantized_layer.Dequantized`
 
@@ -48,8 +48,7 @@ class Line(NamedTuple):
         return int(self.W.shape[0]) if self.W is not None else self.y0.shape[-1]  # type: ignore[union-attr]
 
 
-FIELDS = Line._fields[3:]
-LEARNED = len(FIELDS)
+LEARNED = len(Line._fields) - 3
 Y0, H, A, B, D, C, OFFSET = range(LEARNED)  # places of y0, h, A, B, D, c, b among the learned tensors
 
 
@@ -67,6 +66,11 @@ class Kept(NamedTuple):
 
     h: Tensor | None
     y: tuple[Tensor | None, ...]
+
+
+def drawn(p: float) -> Drop:
+    """Dropout at rate p, from torch's generator where there is any."""
+    return Drop(p, draw_seed()) if p > 0.0 else Drop()
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,17 +24,16 @@ from omnilora.core.site import Base
 from omnilora.core.standin import own_class
 from omnilora.plans import executor, steps
 from omnilora.plans.blind import Blind, Looked
-from omnilora.plans.elementwise import away, draw_seed, magnify_
+from omnilora.plans.elementwise import away, magnify_
 from omnilora.plans.node import products
 from omnilora.plans.normal import Low, Normal, lower
-from omnilora.plans.product import Drop, Line, divides
+from omnilora.plans.product import Line, divides, drawn
 from omnilora.plans.ragged import Job, few, function
 from omnilora.plans.seen import Seen
 
 MOST = 512  # jobs that a layer keeps: one for each number of tokens
 Quick = Callable[[Tensor], Any]  # y, None or NotImplemented
 Pairs = list[tuple[Any, Any]]  # slots of the active set with their weights
-KEEP = Drop()
 
 
 def quicken(layer: Any, mine: Adapters, x: Tensor) -> Short | None:
@@ -117,11 +116,7 @@ class Short:
         if learns:
             return self.own.learn(x)  # type: ignore[union-attr]
         call = self.call or self.hold()
-        if call is None:
-            return None
-        y = call(x)
-        self.call = None if y is NotImplemented else call
-        return y
+        return None if call is None else call(x)
 
     def still(self) -> bool:
         for slot, scale, how, training in self.scales:
@@ -164,10 +159,10 @@ class Own:
         """y of a call with gradients."""
         if not self.still():
             return NotImplemented
-        if torch._C._current_graph_task_id() != -1 or any(p is not None and p.requires_grad for p in self.params.values()):
+        if torch._C._current_graph_task_id() != -1 or any(map(executor.learns, self.params.values())):
             return None
         low, flat = self.low, x.reshape(-1, x.shape[-1])
-        dropped = Drop(low.p, draw_seed()) if low.p else KEEP
+        dropped = drawn(low.p)
         line = Line(self.w, self.params.get("bias"), low.s, A=low.A, B=low.B, D=low.D)
         (y,) = products(flat, (executor.ready(line, flat, dropped),), dropped)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
@@ -236,11 +231,9 @@ class _Update:
                 self.native(x.data_ptr(), y.data_ptr(), job.address)  # type: ignore[misc]
                 return y
         h = F.linear(x, a)
-        if self.s != 1.0:
-            h.mul_(self.s)
         if y.dim() == 2:
-            return y.addmm_(h, b.t())
-        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.t())
+            return y.addmm_(h, b.t(), alpha=self.s)
+        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.t(), alpha=self.s)
         return y
 
     def _job(self, n: int, at: tuple[int, ...]) -> Job | None:

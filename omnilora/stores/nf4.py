@@ -73,16 +73,14 @@ def codebook(quant_type: str) -> Tensor:
     return _LEVELS[quant_type].clone()
 
 
-def _pairs(levels: Tensor) -> Tensor:
+def _pairs(table: Tensor) -> Tensor:
     """(256,) int64: for every byte the fp32 values of its high and low nibble in one word."""
-    byte, table = torch.arange(256, device="cpu"), F.pad(levels, (0, 16 - len(levels)))
+    byte = torch.arange(256, device="cpu")
     return torch.stack([table[byte >> 4], table[byte & 15]], 1).view(torch.int64).view(-1)
 
 
-_PAIRS = {name: _pairs(levels) for name, levels in _LEVELS.items()}
-
-
-_TABLES = {name: F.pad(levels, (0, 16 - len(levels))) for name, levels in _LEVELS.items()}
+_TABLES = {name: F.pad(levels, (0, 16 - len(levels))) for name, levels in _LEVELS.items()}  # (16,): a nibble's value
+_PAIRS = {name: _pairs(table) for name, table in _TABLES.items()}
 
 
 def _native(codes: Tensor, levels: Tensor, scale: Tensor, n: int, size: int, dtype: torch.dtype) -> Tensor | None:

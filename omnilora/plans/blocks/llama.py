@@ -19,11 +19,10 @@ from omnilora.core.layer import Adapted, build
 from omnilora.core.site import Base, BaseLinear
 from omnilora.core.standin import own_class
 from omnilora.plans.blocks.nodes import Gated, GatedPair, Heads, Norm, Normed, Output, Pair, Projections, Turn
-from omnilora.plans.elementwise import draw_seed
 from omnilora.plans.executor import Way, constants_of, joined, routed
 from omnilora.plans.node import constants, products
 from omnilora.plans.normal import Normal, lower
-from omnilora.plans.product import Drop, Line
+from omnilora.plans.product import Drop, Line, drawn
 from omnilora.plans.quick import standing
 from omnilora.stores.quantized_layer import Dequantized, QuantizedLinear
 
@@ -125,8 +124,7 @@ def dropout_of(normals: list[Normal]) -> Drop:
     rates = {k.p for n in normals for k in n.low}
     if len(rates) > 1:
         raise Declined("adapters of one input drop at different rates")
-    p = rates.pop() if rates else 0.0
-    return Drop(p, draw_seed()) if p > 0.0 else Drop()
+    return drawn(rates.pop() if rates else 0.0)
 
 
 def line_of(module: Any, normal: Normal, x: Tensor, way: Way | None = None) -> Line:
