@@ -183,8 +183,8 @@ def test_training_leaves_nothing_on_a_layer(key):
 
 def test_the_short_way_is_taken_under_a_run(monkeypatch):
     model, count = adapted("lora"), []
-    was = quick.Own.learn
-    monkeypatch.setattr(quick.Own, "learn", lambda self, x: (count.append(1), was(self, x))[1])
+    was = quick.Short.learn
+    monkeypatch.setattr(quick.Short, "learn", lambda self, x: (count.append(1), was(self, x))[1])
     optimizer = torch.optim.AdamW(ol.trainable(model), lr=1e-3)
     ol.start(model, optimizer, total_steps=2)
     for _ in range(2):
