@@ -220,6 +220,27 @@ def test_something_happens_before_the_second_layer():
     assert len(seen) > 4
 
 
+def test_weights_that_are_brought_when_a_layer_is_called():
+    model, x = adapted(), batch()
+    key, away = model[1].key, torch.empty(0, dtype=torch.float64)
+    home = key.weight.data
+
+    def put(data):
+        key.weight.data = data
+
+    with executor.off():
+        want = slopes(model, x)
+    key.register_forward_pre_hook(lambda m, args: put(home))
+    key.register_forward_hook(lambda m, args, y: put(away))
+    put(away)
+    for _ in range(3):
+        got = model(x).square().sum()
+        put(home)
+        grads = torch.autograd.grad(got, ol.trainable(model))
+        put(away)
+        assert far(grads, want[1:]) < 1e-12
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(reentrant):
     model, x = adapted(), batch()
