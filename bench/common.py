@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -44,18 +45,22 @@ def smollm(quick: bool = False, dtype: str = "bf16") -> nn.Module:
     return transformers.LlamaForCausalLM(config).to(DTYPES[dtype])
 
 
-def interleave(variants: dict[str, Callable[[], Any]], rounds: int, before: Callable[[], Any] | None = None) -> dict[str, list[float]]:
-    """Seconds of every variant in every round; one round that is not counted comes first."""
+def interleave(variants: dict[str, Callable[[], Any]], rounds: int, before: Callable[[], Any] | None = None,
+               clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds of every variant in every round; one round that is not counted comes first. Each round has an order of its own, for a
+    variant's time depends on what ran before it."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for run in variants.values():
         run()
+    order, shuffled = list(variants), random.Random(0)
     for _ in range(rounds):
-        for name, run in variants.items():
+        shuffled.shuffle(order)
+        for name in order:
             if before is not None:
                 before()
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
+            start = clock()
+            variants[name]()
+            times[name].append(clock() - start)
     return times
 
 
@@ -105,9 +110,11 @@ def show(title: str, table: dict[str, dict[str, Any]]) -> None:
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:
-    """Results by section; sections of other runs stay."""
+    """Results by section and table; those of other runs stay."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(old | result, indent=1) + "\n")
+    all_ = json.loads(path.read_text()) if path.exists() else {}
+    for name, value in result.items():
+        all_[name] = all_[name] | value if isinstance(value, dict) and isinstance(all_.get(name), dict) else value
+    path.write_text(json.dumps(all_, indent=1) + "\n")

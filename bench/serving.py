@@ -16,9 +16,11 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from common import LINEAR, llama, ratios
+from common import LINEAR, interleave, llama, ratios, write
 from torch import Tensor, nn
 
 import omnilora as ol
@@ -34,21 +36,10 @@ from omnilora.plans import native
 
 RANKS = (4, 8, 16, 32, 64)
 ROWS, CACHED = 32, 96
+FACTOR = re.compile(r"(?P<layer>layers\.\d+\.\w+\.\w+)\.(lora_(?P<a>[AB])\.(?P<theirs>\w+)\.weight|adapters\.(?P<ours>\w+)\.weight\.(?P<b>[AB]))$")
 
 
 clock = time.perf_counter
-
-
-def interleave(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for run in variants.values():
-        run()
-    for _ in range(rounds):
-        for name, run in variants.items():
-            begin = clock()
-            run()
-            times[name].append(clock() - begin)
-    return times
 
 
 def ranks(count: int) -> list[int]:
@@ -56,11 +47,13 @@ def ranks(count: int) -> list[int]:
 
 
 def fill(model: nn.Module, seed: int = 0) -> None:
-    """Adapters start at zero: give B's the size that A's have."""
-    g = torch.Generator().manual_seed(seed)
+    """Factors of the size that A's have at first, by the adapter's and the layer's name: the same for PEFT and for us."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "lora_B" in name or name.endswith(".B"):
+            found = FACTOR.search(name)
+            if found is not None:
+                layer, adapter, factor = found["layer"], found["theirs"] or found["ours"], found["a"] or found["b"]
+                g = torch.Generator().manual_seed(zlib.crc32(f"{seed} {layer} {adapter} {factor}".encode()))
                 p.copy_(torch.randn(p.shape, generator=g) * 0.02)
 
 
@@ -135,7 +128,7 @@ def mixed(base: nn.Module, counts: list[int], rows: int, make: Callable[[nn.Modu
 
         table = ratios(interleave({
             "bare": bare, "omnilora": lambda n=names, f=rowed: f(list(n)), "omnilora bare rows": lambda f=rowed: f([None] * rows),
-            "peft": lambda n=names, f=other: f(adapter_names=n)}, rounds), "bare")  # fmt: skip
+            "peft": lambda n=names, f=other: f(adapter_names=n)}, rounds, clock=clock), "bare")  # fmt: skip
         with torch.no_grad():
             gap = float((rowed(list(names)) - other(adapter_names=names)).abs().max() / other(adapter_names=names).abs().max())
         out[str(count)] = {**table, "largest difference to peft": gap}
@@ -243,9 +236,7 @@ def main() -> None:
         result["load"] = loading(llama(args.quick), 16 if args.quick else 256)
         print(json.dumps(result["load"], indent=1))
     result["machine"]["load after"] = os.getloadavg()
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(args.out, result)
 
 
 if __name__ == "__main__":

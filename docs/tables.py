@@ -90,12 +90,18 @@ Where a row's spread crosses 1.0, the machine was shared: read it as no differen
 """
 
 
+GOALS = """Figures are ratios to the frozen or bare model unless a unit stands beside; each is the median of whole runs, every section in
+a process of its own, with the least and the largest run. "Within the spread": the median misses it, a run reaches it."""
+
+
 def benchmark_table() -> str:
     """bench/results/*.json as a page."""
     found = {p: json.loads((RESULTS / f"{p}.json").read_text()) for p in ("training", "serving", "overhead", "job")
              if (RESULTS / f"{p}.json").exists()}  # fmt: skip
     m = next(f["machine"] for p, f in found.items() if p == "training")
     lines = [PAGE.format(half="yes" if m["bf16 in hardware"] else "no", **m)]
+    if (RESULTS / "gates.json").exists():
+        lines += _goals(json.loads((RESULTS / "gates.json").read_text())["gates"])
     for title, table in found["training"]["training"].items():
         rows = [(name, _ratio(r), f"{r['kept MiB']:.1f}") for name, r in table.items()]
         lines += [f"## A training step: {title}", "", *_table(("", "ratio", "kept MiB"), rows)]
@@ -117,6 +123,16 @@ def benchmark_table() -> str:
                   "lengths, the first half of each masked. Every job is a process; ratios to PEFT with Trainer's defaults.", "",
                   *_table(("", "wall", "processor", "peak memory", "peak MiB"), rows)]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _goals(gates: list[dict[str, Any]]) -> list[str]:
+    rows = []
+    for g in gates:
+        name = f"{g['name']} ({g['unit']})" if g["unit"] else g["name"]
+        seen = f"{g['median']:.3f} ({min(g['runs']):.3f} – {max(g['runs']):.3f})"
+        reached = "yes" if g["passes"] else "within the spread" if g["within the spread"] else "no"
+        rows.append((name, f"{g['must']:g}", f"{g['aim']:g}", seen, "" if g["peft"] is None else f"{g['peft']:.3f}", reached))
+    return ["## What is to be reached", "", GOALS, "", *_table(("", "must", "aim", "median of the runs", "PEFT", "reached"), rows)]
 
 
 def _ratio(r: dict[str, float]) -> str:
