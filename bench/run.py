@@ -60,7 +60,8 @@ def main() -> None:
                 for part in parts:
                     shutil.copyfile(Path(scratch) / f"{part}.json", args.out / f"{part}.json")
                 kept = args.out / "gates.json"
-                others = [g for g in json.loads(kept.read_text())["gates"] if g["name"] not in {r["name"] for r in rows}] if kept.exists() else []
+                others = json.loads(kept.read_text())["gates"] if kept.exists() else []
+                others = [g for g in others if g["name"] not in {r["name"] for r in rows}]
                 kept.write_text(json.dumps({"machine": machine(), "gates": [*rows, *others]}, indent=1) + "\n")
 
 

@@ -36,7 +36,8 @@ from omnilora.plans import native
 
 RANKS = (4, 8, 16, 32, 64)
 ROWS, CACHED = 32, 96
-FACTOR = re.compile(r"(?P<layer>layers\.\d+\.\w+\.\w+)\.(lora_(?P<a>[AB])\.(?P<theirs>\w+)\.weight|adapters\.(?P<ours>\w+)\.weight\.(?P<b>[AB]))$")
+FACTOR = re.compile(r"(?P<layer>layers\.\d+\.\w+\.\w+)\.(lora_(?P<a>[AB])\.(?P<theirs>\w+)\.weight"
+                    r"|adapters\.(?P<ours>\w+)\.weight\.(?P<b>[AB]))$")  # fmt: skip
 
 
 clock = time.perf_counter

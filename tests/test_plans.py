@@ -17,7 +17,7 @@ from torch import nn
 
 import omnilora as ol
 from omnilora.contract import shake
-from omnilora.plans import convolution, elementwise, executor, native, product
+from omnilora.plans import convolution, elementwise, executor, native, product, rules
 from omnilora.plans.blocks import host, llama
 from omnilora.plans.node import LowRank, Products, products
 from omnilora.plans.product import Drop, Line
@@ -612,7 +612,7 @@ def test_fits_tells_decoder_layers_from_others():
 @pytest.mark.parametrize("key", ["lora", "vera", "tt_lora"])
 @pytest.mark.parametrize("merged", [True, False])
 def test_convolutions_without_groups_run_as_one_node(key, shape, merged, monkeypatch):
-    monkeypatch.setattr(convolution, "WRITE", 0 if merged else 1e9)
+    monkeypatch.setattr(rules, "WRITTEN", 0 if merged else 1e9)
     torch.manual_seed(0)
     dim, options = shape[0], dict(shape[1])
     last = options.pop("channels_last", False)

@@ -12,7 +12,7 @@ from torch import nn
 
 import omnilora as ol
 from omnilora.core import layer as layers
-from omnilora.plans import native, ragged, rows
+from omnilora.plans import native, ragged, rows, rules
 from omnilora.plans.executor import off
 
 RANKS = {"a": 4, "b": 8, "c": 13, "d": 32}
@@ -57,8 +57,7 @@ def ways(monkeypatch, way):
     if way != "native":
         monkeypatch.setattr(rows, "function", lambda dtype: None)
         monkeypatch.setattr(rows, "few", lambda dtype: 0)
-    if way != "native":
-        monkeypatch.setattr(rows.Plan, "_wide", lambda self, tokens: way == "stacked")
+        monkeypatch.setattr(rules, "stacks", lambda *shape: way == "stacked")
 
 
 def counted(monkeypatch):

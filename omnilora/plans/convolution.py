@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from omnilora.core.op import Geometry
 from omnilora.core.site import Base, ConvGeometry
+from omnilora.plans import rules
 from omnilora.plans.node import derivatives
 from omnilora.plans.normal import Normal
 
 CONV = {nn.Conv1d.forward: F.conv1d, nn.Conv2d.forward: F.conv2d, nn.Conv3d.forward: F.conv3d}
 Options = tuple[Any, ...]  # stride, padding, dilation, groups
-WRITE = 8  # what writing one number of W + s B A costs, in multiplications of a narrow convolution (measured: between 4 and 18)
 
 
 def convolved(normal: Normal, x: Tensor, geo: Geometry) -> Tensor | None:
@@ -97,7 +97,7 @@ def merges(x: Tensor, weight: Tensor, A: Tensor, options: Options) -> bool:
     positions = len(x)
     for size, kernel, step, pad, spread in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation):
         positions *= (size + 2 * pad - spread * (kernel - 1) - 1) // step + 1
-    return positions * (A.shape[1] + len(weight)) > WRITE * weight.numel()
+    return rules.sums_kernels(positions, A, weight)
 
 
 def _full_precision() -> bool:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omnilora.plans.elementwise import Seed, draw_seed, drop, drop_add_, kept, magnify_, magnify_backward, wide
+from omnilora.plans.rules import thin
 
 Weight = Any  # a Tensor (out, in), or :class:`~omnilora.stores.quantized_layer.Dequantized`
 
@@ -216,19 +217,14 @@ def _narrow(g: Tensor, line: Line, h: Any, into: Tensor | None, wants: tuple[boo
 def narrowed(g: Tensor, b: Tensor, s: float, into: Tensor | None = None) -> Tensor:
     """s g B (tokens, r); s is part of the product, for a pass of its own costs more."""
     into = g.new_empty(g.shape[0], b.shape[1]) if into is None else into
-    return into.addmm_(g, b.t().contiguous().t() if _thin(b) else b, beta=0, alpha=s)
+    return into.addmm_(g, b.t().contiguous().t() if thin(b) else b, beta=0, alpha=s)
 
 
 def outer(g: Tensor, u: Tensor, b: Tensor, s: float) -> Tensor:
     """s gᵀ u (out, r), from the side on which the libraries are faster."""
-    if g.dtype == torch.float32 and not _thin(b):
+    if g.dtype == torch.float32 and not thin(b):
         return torch.addmm(b, g.t(), u, beta=0, alpha=s)
     return torch.addmm(b.t(), u.t(), g, beta=0, alpha=s).t()
-
-
-def _thin(b: Tensor) -> bool:
-    """Whether the library is slow at products of fp32 with b (out, r) as it lies."""
-    return b.dtype == torch.float32 and b.shape[1] < 16
 
 
 def narrow_side(gh: Tensor | None, x: Tensor | None, lines: tuple[Line, ...], dropped: Drop, want: Wanted,

@@ -9,9 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from omnilora.plans import native
-
-FEW = {torch.float32: 32, torch.bfloat16: 64}  # tokens of one adapter up to which the native call costs no more than two products
+from omnilora.plans import native, rules
 
 
 @lru_cache(maxsize=8)
@@ -28,12 +26,8 @@ def function(dtype: torch.dtype) -> Callable[[int, int, int], None] | None:
 
 @lru_cache(maxsize=8)
 def few(dtype: torch.dtype) -> int:
-    """Up to how many tokens of one adapter the native call is worth it. A rule, no measurement: runs must repeat each other."""
-    if function(dtype) is None:
-        return 0
-    if dtype is torch.bfloat16 and not native.computes_bf16():
-        return 1 << 30  # products are emulated, and cost ten times as much at any size
-    return FEW[dtype]
+    """Up to how many tokens of one adapter the native call is worth it."""
+    return 0 if function(dtype) is None else rules.native_tokens(dtype)
 
 
 class Job:

@@ -30,7 +30,7 @@ from omnilora.core.op import LINEAR
 from omnilora.core.parameterization import Slot
 from omnilora.core.site import Base
 from omnilora.errors import OmniloraError
-from omnilora.plans import native, steps
+from omnilora.plans import rules, steps
 from omnilora.plans.blind import Blind, Looked
 from omnilora.plans.executor import plain
 from omnilora.plans.normal import Low, lower
@@ -213,17 +213,10 @@ class Plan:
             self.call(x.data_ptr(), y.data_ptr(), batch.job(self, per))  # type: ignore[misc]
             return
         x, y = x.view(-1, self.fan_in), y.view(-1, self.fan_out)
-        if self.several and self._wide(batch.largest * per):
+        if self.several and rules.stacks(batch.largest * per, self.rank, self.fan_in, self.dtype):
             self.stacked(batch, x, y, per)
         else:
             self.grouped(batch, x, y, per)
-
-    def _wide(self, tokens: int) -> bool:
-        """Whether all rows with all adapters under a mask cost less than products group by group: where tiles are multiplied in
-        hardware, many small products in bf16 cost more than a few large ones, and everywhere those of single tokens do."""
-        if tokens <= 4:
-            return self.rank <= 2 * self.fan_in
-        return self.dtype == torch.bfloat16 and native.multiplies_tiles() and 2 * self.rank <= self.fan_in
 
     def grouped(self, batch: Batch, x: Tensor, y: Tensor, per: int) -> None:
         for term, s, (_, _, first, last) in zip(self.terms, self.scales, batch.users):

@@ -21,8 +21,8 @@ from omnilora.core.standin import StandIn, outermost, own_class, stand_in
 from omnilora.plans.blocks import llama
 from omnilora.plans.blocks.llama import Block, Declined
 from omnilora.plans.executor import plain
+from omnilora.plans.rules import BLOCK_TOKENS
 
-FEW = 16  # tokens below which a pass without gradients is cheaper layer by layer
 _plans: weakref.WeakKeyDictionary[nn.Module, State] = weakref.WeakKeyDictionary()
 
 
@@ -114,7 +114,7 @@ def _serves(layer: Any, state: State, x: Any, kwargs: dict[str, Any]) -> bool:
     hub = state.hub
     if not isinstance(x, Tensor) or x.dim() != 3 or not plain(x) or hub.merged or hub.context().rows is not None:
         return False
-    if not torch.is_grad_enabled() and x.shape[0] * x.shape[1] < FEW:
+    if not torch.is_grad_enabled() and x.shape[0] * x.shape[1] < BLOCK_TOKENS:
         return False
     if not isinstance(kwargs.get("position_embeddings"), tuple) or isinstance(layer, Adapted):
         return False
