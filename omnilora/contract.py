@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from omnilora.core import attach, files, merge, run, state
 from omnilora.core.fingerprint import digest
-from omnilora.core.layer import build
+from omnilora.core.maps import build
 from omnilora.core.method import Entry, Method
 from omnilora.core.op import Op
 from omnilora.core.parameterization import Parameterization, from_config, is_additive, to_config

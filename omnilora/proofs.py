@@ -110,7 +110,7 @@ def minibatches(x: Tensor, y: Tensor, size: int, noise: float = 0.0, seed: int =
 def learned(model: nn.Module, site: str = "layers.0", adapter: str | None = None) -> Tensor:
     """W' − W of a site as a matrix, fp32."""
     from omnilora.core.context import Context
-    from omnilora.core.layer import build
+    from omnilora.core.maps import build
 
     chosen = [s for s in slots(model, adapter) if s.site.name == site]
     base = chosen[0].site.W

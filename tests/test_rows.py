@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import omnilora as ol
-from omnilora.core import layer as layers
+from omnilora.core import mixed
 from omnilora.plans import native, ragged, rows, rules
 from omnilora.plans.executor import off
 
@@ -283,5 +283,5 @@ def test_odd_sizes_and_high_ranks():
 def test_the_hook_can_be_taken_out(monkeypatch):
     model, x = net(), torch.randn(9, 40)
     y, _ = both(model, x)
-    monkeypatch.setattr(layers, "rows_executor", None)
+    monkeypatch.setattr(mixed, "rows_executor", None)
     close(y, both(model, x)[0])

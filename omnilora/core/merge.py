@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from omnilora.core.attach import detach, hosts, hub_of
 from omnilora.core.context import Context, Hub, RowSpec
-from omnilora.core.layer import adapted_tensors, change_of, merged_matrix
+from omnilora.core.maps import adapted_tensors, change_of, merged_matrix
 from omnilora.core.op import Op
 from omnilora.core.site import Base, Site
 from omnilora.core.store import Dense, store_of

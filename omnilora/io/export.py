@@ -15,7 +15,7 @@ from omnilora.core import state as states
 from omnilora.core.attach import detach, slots
 from omnilora.core.context import Context
 from omnilora.core.files import QUOTA, load_file
-from omnilora.core.layer import merged_matrix
+from omnilora.core.maps import merged_matrix
 from omnilora.core.parameterization import Slot, is_additive
 from omnilora.core.run import _the_adapter as the_adapter
 from omnilora.core.site import Base, called_site

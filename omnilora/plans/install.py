@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from omnilora.core import layer, op
+from omnilora.core import layer, maps, mixed, op
 from omnilora.plans import executor, quick, rows
 from omnilora.plans.blocks import host
 
-layer.executor = executor.execute
+maps.executor = executor.execute
 op.low_rank_squares = executor.squares
 layer.quicken = quick.quicken
-layer.rows_executor = rows.execute
+mixed.rows_executor = rows.execute
 layer.placed.append(host.install)
 layer.removed.append(host.remove)

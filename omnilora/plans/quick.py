@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnilora.core.context import ActiveSet
-from omnilora.core.layer import Adapters, build
+from omnilora.core.layer import Adapters
+from omnilora.core.maps import build
 from omnilora.core.site import Base
 from omnilora.core.standin import own_class
 from omnilora.plans import executor, group, steps

@@ -5,7 +5,7 @@ import torch
 from omnilora import proofs
 from omnilora.core.attach import adapt, slots
 from omnilora.core.context import Context
-from omnilora.core.layer import build
+from omnilora.core.maps import build
 from omnilora.core.method import Card, Claim, Method
 from omnilora.core.parameterization import Parameterization
 from omnilora.parameterizations.dora import DoRA

@@ -8,7 +8,7 @@ from torch import nn
 from omnilora import proofs
 from omnilora.core.attach import adapt, slots
 from omnilora.core.context import Context
-from omnilora.core.layer import build
+from omnilora.core.maps import build
 from omnilora.core.method import Card, Claim, Method
 from omnilora.core.parameterization import one_of
 from omnilora.core.site import Site

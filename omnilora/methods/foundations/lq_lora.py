@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from omnilora import proofs
 from omnilora.core.attach import adapt, plan, slots
 from omnilora.core.context import Context
-from omnilora.core.layer import build
+from omnilora.core.maps import build
 from omnilora.core.method import Card, Claim, Method, prepare
 from omnilora.core.parameterization import finite, positive_rank
 from omnilora.core.site import Site

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnilora.core.context import Context
-from omnilora.core.layer import Adapted, build
+from omnilora.core.layer import Adapted
+from omnilora.core.maps import build
 from omnilora.core.site import Base, BaseLinear
 from omnilora.core.standin import own_class
 from omnilora.plans.blocks.nodes import Gated, GatedPair, Heads, Norm, Normed, Output, Pair, Projections, Turn
