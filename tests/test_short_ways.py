@@ -183,8 +183,8 @@ def test_training_leaves_nothing_on_a_layer(key):
 
 def test_the_short_way_is_taken_under_a_run(monkeypatch):
     model, count = adapted("lora"), []
-    was = quick.Short.learn
-    monkeypatch.setattr(quick.Short, "learn", lambda self, x: (count.append(1), was(self, x))[1])
+    was = quick.Own.learn
+    monkeypatch.setattr(quick.Own, "learn", lambda self, x: (count.append(1), was(self, x))[1])
     optimizer = torch.optim.AdamW(ol.trainable(model), lr=1e-3)
     ol.start(model, optimizer, total_steps=2)
     for _ in range(2):
@@ -223,3 +223,62 @@ def test_a_block_hands_over_when_one_of_its_weights_begins_to_learn():
     with executor.off():
         want = torch.autograd.grad(model(input_ids=ids).logits.sin().sum(), weight)[0]
     assert host.refusals(model) and gap(got, want) < 1e-5
+
+
+class Heads(nn.Module):
+    """Two layers that read one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.actor, self.critic = nn.Linear(12, 8), nn.Linear(12, 1)
+
+    def forward(self, x):
+        return self.actor(x), self.critic(x)
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_layers_that_read_one_input_stay_apart(key):
+    """A backward pass for each of them, one of them unused, its factors written before the other's backward pass."""
+    model, x = adapted(key, Heads()), torch.randn(5, 12, requires_grad=True)
+    for _ in range(3):
+        model.zero_grad()
+        actor, critic = model(x)
+        actor.logsumexp(-1).sum().backward()
+        critic.square().sum().backward()
+        got = [p.grad.clone() for p in ol.trainable(model)]
+        with executor.off():
+            model.zero_grad()
+            actor, critic = model(x)
+            (actor.logsumexp(-1).sum() + critic.square().sum()).backward()
+        assert max(gap(a, p.grad) for a, p in zip(got, ol.trainable(model), strict=True)) < 1e-5
+    if key not in ("tied_lora", "vera", "lotr", "randlora"):  # these share tensors between layers
+        actor, critic = model(x)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "critic" in name:
+                    p.mul_(2.0)
+        model.zero_grad()
+        actor.sum().backward()
+        assert {p.grad is None for n, p in model.named_parameters() if "critic" in n} == {True}
+
+
+@pytest.mark.parametrize("key", METHODS)
+def test_gradients_may_be_taken_in_batches(key):
+    model, x = adapted(key), torch.randn(5, 12, requires_grad=True)
+    for _ in range(2):
+        got = torch.autograd.functional.jacobian(lambda x: model(x).sum(0), x, vectorize=True)
+        with executor.off():
+            want = torch.autograd.functional.jacobian(lambda x: model(x).sum(0), x)
+        assert gap(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("key", ["lora", "dora"])
+def test_gradients_may_be_taken_in_batches_under_dropout(key):
+    torch.manual_seed(0)
+    model = ol.adapt(nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)), ol.method(key, r=2, dropout=0.3))
+    shake(model)
+    x, found = torch.randn(5, 12, requires_grad=True), []
+    for vectorize in (True, False):
+        torch.manual_seed(1)
+        found.append(torch.autograd.functional.jacobian(lambda x: model.train()(x).sum(0), x, vectorize=vectorize))
+    assert gap(*found) < 1e-5

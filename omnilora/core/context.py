@@ -78,7 +78,6 @@ class _Local(threading.local):
     made: Mapping[Any, Any] = MappingProxyType({})  # see omnilora.core.together
     visits: set[int] | None = None  # ids of the Adapters that took part in a forward that proves the model; None: no such forward
     epoch = -1  # of the hub when that forward began
-    met: Any = None  # what plans remember of this thread's last call
 
 
 class Hub:
@@ -177,7 +176,6 @@ class Hub:
         """Bring the caller's (async-safe) scope into this thread; run at the model's entry, never compiled."""
         if self.context().recomputed:
             return
-        self.local.met = None
         for key, context in reversed(_scopes.get()):
             if key == self.key:
                 self.local.context = context

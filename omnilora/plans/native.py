@@ -130,11 +130,14 @@ def watched() -> bool:
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors: on the CPU, contiguous, all fp32 or all bf16."""
+    """Whether the kernels take these tensors: on the CPU, contiguous, all fp32 or all bf16; no batches of gradients."""
     first = tensors[0].dtype
     if first not in DTYPES or library() is None:
         return False
-    return all(t.dtype is first and t.is_contiguous() and t.device.type == "cpu" for t in tensors)
+    return all(t.dtype is first and t.is_contiguous() and t.device.type == "cpu" and not _batched(t) for t in tensors)
+
+
+_batched = torch._C._functorch.is_legacy_batchedtensor  # what autograd.grad(is_grads_batched=True) hands to a backward pass
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:

@@ -30,66 +30,28 @@ from omnilora.plans.product import (
 
 
 class LowRank(torch.autograd.Function):
-    """x (tokens, in), A_i and B_i of every line → every y_i = x W_iᵀ + bias_i + s_i (x A_iᵀ) B_iᵀ: the most frequent lines, with no
-    step that they do not need."""
+    """x (tokens, in) → y = x Wᵀ + bias + s (x Aᵀ) Bᵀ: the most frequent line, with no step that it does not need."""
 
     @staticmethod
-    def forward(ctx: Any, lines: tuple[Line, ...], x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-        h = x @ _side_by_side(factors, x.dtype).t()
-        ctx.lines = lines
-        ctx.save_for_backward(x, h, *factors)
-        ctx.set_materialize_grads(False)
-        ys = []
-        for line, B, u in zip(lines, factors[1::2], _parts(h, factors)):
-            ys.append(full(x, line).addmm_(u, cast(B, x.dtype).t(), alpha=line.s))
-        return tuple(ys)
+    def forward(ctx: Any, line: Line, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        y = full(x, line)
+        h = x @ cast(A, x.dtype).t()
+        ctx.line = line
+        ctx.save_for_backward(x, A, B, h)
+        return y.addmm_(h, cast(B, x.dtype).t(), alpha=line.s)
 
     @staticmethod
-    def backward(ctx: Any, *gs: Tensor | None) -> tuple[Any, ...]:
-        if all(g is None for g in gs):
-            return (None,) * len(ctx.needs_input_grad)
-        x, h, *factors = ctx.saved_tensors
-        lines, (_, needs_x, *needs) = ctx.lines, ctx.needs_input_grad
+    def backward(ctx: Any, *gs: Tensor) -> tuple[Any, ...]:
+        x, A, B, h = ctx.saved_tensors
+        line, (_, *needs) = ctx.line, ctx.needs_input_grad
         if torch.is_grad_enabled():
-            return None, *derivatives(lambda x, *factors: formula(x, _filled(lines, factors), Drop()), gs, (x, *factors), [needs_x, *needs])
-        dx, grads = None, [None] * len(factors)  # type: Tensor | None, list[Tensor | None]
-        gh = h.new_empty(h.shape)
-        for i, (line, g, u, into) in enumerate(zip(lines, gs, _parts(h, factors), _parts(gh, factors))):
-            if g is None:
-                into.zero_()
-                continue
-            g, b = g.contiguous(), cast(factors[2 * i + 1], g.dtype)
-            narrowed(g, b, line.s, into)
-            if needs_x:
-                W = cast(line.W, g.dtype)  # type: ignore[arg-type]
-                dx = g @ W if dx is None else dx.addmm_(g, W)
-            if needs[2 * i + 1]:
-                grads[2 * i + 1] = cast(outer(g, u, b, line.s), factors[2 * i + 1].dtype)
-        if any(needs[::2]):
-            for i, (g, dA) in enumerate(zip(gs, _rows(gh.t() @ x, factors))):
-                grads[2 * i] = cast(dA, factors[2 * i].dtype) if needs[2 * i] and g is not None else None
-        if dx is not None:
-            dx.addmm_(gh, _side_by_side(factors, dx.dtype))
-        return None, dx, *grads
-
-
-def _side_by_side(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """All A's, (ΣR, in)."""
-    parts = [cast(a, dtype) for a in factors[::2]]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _parts(h: Tensor, factors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Each line's columns of h (tokens, ΣR)."""
-    return (h,) if len(factors) == 2 else h.split([len(a) for a in factors[::2]], 1)
-
-
-def _rows(a: Tensor, factors: Sequence[Tensor]) -> Sequence[Tensor]:
-    return (a,) if len(factors) == 2 else a.split([len(a) for a in factors[::2]])
-
-
-def _filled(lines: tuple[Line, ...], factors: Sequence[Tensor]) -> tuple[Line, ...]:
-    return tuple(k._replace(A=a, B=b) for k, a, b in zip(lines, factors[::2], factors[1::2]))
+            return None, *derivatives(lambda x, A, B: formula(x, (line._replace(A=A, B=B),), Drop()), gs, (x, A, B), needs)
+        g = gs[0].contiguous()
+        a, b = cast(A, g.dtype), cast(B, g.dtype)
+        gh = narrowed(g, b, line.s)
+        dx = (g @ cast(line.W, g.dtype)).addmm_(gh, a) if needs[0] else None  # type: ignore[arg-type]
+        dA = cast(gh.t() @ x, A.dtype) if needs[1] else None
+        return None, dx, dA, cast(outer(g, h, b, line.s), B.dtype) if needs[2] else None
 
 
 class Products(torch.autograd.Function):
@@ -101,13 +63,10 @@ class Products(torch.autograd.Function):
         ctx.lines, ctx.dropped = lines, dropped
         reads_x = any(k is not None for k in (*learned[A::LEARNED], *learned[C::LEARNED]))
         ctx.save_for_backward(x if reads_x else None, *learned, kept.h, *kept.y)
-        ctx.set_materialize_grads(False)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *gs: Tensor | None) -> tuple[Any, ...]:
-        if all(g is None for g in gs):
-            return (None,) * len(ctx.needs_input_grad)
         x, *saved = ctx.saved_tensors
         count = LEARNED * len(ctx.lines)
         learned, (h, *y) = saved[:count], saved[count:]
@@ -116,7 +75,6 @@ class Products(torch.autograd.Function):
             return None, None, *again(gs, x, lines, ctx.dropped, learned, needs)
         gs = tuple(None if g is None else g.contiguous() for g in gs)
         want = wanted(needs[0], needs[1:])
-        want = want._replace(lines=tuple(w if g is not None else (False,) * LEARNED for w, g in zip(want.lines, gs)))
         dx, grads, gh = backward(gs, lines, ctx.dropped, Kept(h, tuple(y)), want)
         narrow_side(gh, x, lines, ctx.dropped, want, grads)
         return None, None, dx, *grads
@@ -157,8 +115,8 @@ def derivatives(f: Callable[..., Sequence[Tensor]], gs: Any, inputs: Any, needs:
 
 def products(x: Tensor, lines: tuple[Line, ...], dropped: Drop) -> tuple[Tensor, ...]:
     """x (tokens, in) → every y, as a node where gradients are wanted and plainly where they are not."""
-    if not dropped and torch.is_grad_enabled() and all(map(_bare, lines)):
-        return LowRank.apply(constants(lines), x, *[t for k in lines for t in (k.A, k.B)])  # type: ignore[no-any-return]
+    if len(lines) == 1 and not dropped and _bare(line := lines[0]) and torch.is_grad_enabled():
+        return (LowRank.apply(Line(line.W, line.bias, line.s), x, line.A, line.B),)
     learned = [t for line in lines for t in line.learned]
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in learned)):
         return Products.apply(constants(lines), dropped, x, *learned)  # type: ignore[no-any-return]

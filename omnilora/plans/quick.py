@@ -23,7 +23,7 @@ from omnilora.core.layer import Adapters
 from omnilora.core.maps import build
 from omnilora.core.site import Base
 from omnilora.core.standin import own_class
-from omnilora.plans import executor, group, steps
+from omnilora.plans import executor, steps
 from omnilora.plans.blind import Blind, Looked
 from omnilora.plans.elementwise import away, magnify_
 from omnilora.plans.node import products
@@ -99,8 +99,6 @@ class Short:
         self.scales = [(s, s.scale, s.how, s.training) for s, _ in pairs]
         self.drops = any(k.p for k in normal.low)
         self.own = Own.of(layer, pairs, normal)
-        self.then: Short | None = None  # what is called after this one with the same input
-        self.alone = False  # whether what is called next cannot be told
         self.call: Quick | None = None
 
     def __call__(self, x: Tensor) -> Any:
@@ -117,23 +115,9 @@ class Short:
         if (visits := self.local.visits) is not None:
             visits.add(self.me)
         if learns:
-            return self.learn(x)
+            return self.own.learn(x)  # type: ignore[union-attr]
         call = self.call or self.hold()
         return None if call is None else call(x)
-
-    def learn(self, x: Tensor) -> Any:
-        """y of a call with gradients."""
-        own: Any = self.own
-        if not own.still():
-            return NotImplemented
-        return None if own.learns() or torch._C._current_graph_task_id() != -1 else group.learn(self, x)
-
-    def serves(self) -> bool:
-        """Whether a call with gradients would be answered from where it stands now, with nothing done to the layer before."""
-        hub, mine, own = self.hub, self.layer._modules.get("adapters"), self.own
-        if own is None or mine is None or mine.quick is not self or hub.epoch != self.epoch or hub.active is not self.active:
-            return False
-        return self.still() and own.still() and not own.learns() and not group.prepared(self.layer)
 
     def still(self) -> bool:
         for slot, scale, how, training in self.scales:
@@ -156,8 +140,6 @@ class Own:
         self.params, self.table, self.low = layer._parameters, slot._parameters, low
         self.w, self.dtype = layer.weight, layer.weight.dtype
         self.factors = [(name, t) for name, t in zip(names, (low.A, low.B, low.D)) if t is not None]
-        self.parts = [t for _, t in self.factors]
-        self.tellable = not any(t is not None and t.is_inference() for t in (*self.params.values(), *self.parts))
 
     @classmethod
     def of(cls, layer: Any, pairs: Pairs, normal: Normal) -> Own | None:
@@ -174,23 +156,17 @@ class Own:
             return False
         return all(self.table.get(name) is t for name, t in self.factors)
 
-    def learns(self) -> bool:
-        """Whether the layer's own weight or bias does."""
-        return any(map(executor.learns, self.params.values()))
-
-    def line(self) -> Line:
-        low = self.low
-        return Line(self.w, self.params.get("bias"), low.s, A=low.A, B=low.B, D=low.D)
-
-    def alone(self, x: Tensor) -> Tensor:
-        """y of a call with gradients, from a pass of its own."""
-        flat, dropped = x.reshape(-1, x.shape[-1]), drawn(self.low.p)
-        (y,) = products(flat, (executor.ready(self.line(), flat, dropped),), dropped)
+    def learn(self, x: Tensor) -> Any:
+        """y of a call with gradients."""
+        if not self.still():
+            return NotImplemented
+        if torch._C._current_graph_task_id() != -1 or any(map(executor.learns, self.params.values())):
+            return None
+        low, flat = self.low, x.reshape(-1, x.shape[-1])
+        dropped = drawn(low.p)
+        line = Line(self.w, self.params.get("bias"), low.s, A=low.A, B=low.B, D=low.D)
+        (y,) = products(flat, (executor.ready(line, flat, dropped),), dropped)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
-
-    def versions(self) -> list[tuple[int, int]]:
-        """Which tensors take part, as they are now."""
-        return [(id(t), t._version) for t in (*self.params.values(), *self.parts) if t is not None]
 
 
 def _direct(own: Own | None) -> Quick | None:
