@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class Proven:
     begin: int
     size: int
     parts: tuple[Part, ...]
+    aligned: bool  # whether every tensor stays where it was read
     watch: Watch | None  # of the weights, where the load was proven against them
     method: Method
     needs_run: bool
@@ -103,9 +105,15 @@ def remember(hub: Hub, model: nn.Module, key: tuple[Any, ...], seen: tuple[Stamp
     kept: dict[Any, Proven] = hub.kept.setdefault("proven", {})
     while len(kept) >= KEPT:
         kept.pop(next(iter(kept)))
-    kept[key] = Proven(weakref.ref(model), seen, row.path, row.begin, row.size - row.begin, tuple(parts),
-                       Watch(p.site.store for p in parts) if key[1] else None, hub.values["methods"][name], name in hub.needs_run,
-                       copied(hub.values.get("extra", {}).get(name, {})), dict(report))  # fmt: skip
+    kept[key] = Proven(
+        weakref.ref(model), seen, row.path, row.begin, row.size - row.begin, tuple(parts),
+        aligned=all(at % ALIGNED == 0 for part in parts for _, _, at, _, _ in part.tensors),
+        watch=Watch(p.site.store for p in parts) if key[1] else None,
+        method=hub.values["methods"][name],
+        needs_run=name in hub.needs_run,
+        extra=copied(hub.values.get("extra", {}).get(name, {})),
+        report=dict(report),
+    )  # fmt: skip
 
 
 def _part(slot: Slot, places: Mapping[int, tuple[nn.Module, str]], row: Row) -> Part | None:
@@ -136,20 +144,26 @@ def again(model: nn.Module, hub: Hub, key: tuple[Any, ...], folder: Path, name: 
     found = kept.get(key)
     if found is None or found.model() is not model or name in hub.names or hub.merged or torch.is_inference_mode_enabled():
         return None
+    if found.begin + found.size > quota:
+        return None
+    reading = _Reading(found)
     same = stamps(folder) == found.stamps and all(_stands(p, hub) for p in found.parts) and (found.watch is None or found.watch.same())
     if not same:
+        reading.done()
         del kept[key]  # with what it holds of layers that may be gone
         return None
-    data = _read(found) if found.begin + found.size <= quota else None
-    if data is None:
+    if not found.aligned and not reading.done():  # copies are made of what is there
         return None
     with uncollected(), hub.changing:
+        slots = [_slot(p, name, reading.memory, p.site.layer.training) for p in found.parts]
+        if not reading.done():
+            return None
         freeze(model)
         home, fresh = path_name(name), False
-        for part in found.parts:
-            layer: Any = part.site.layer
+        for part, slot in zip(found.parts, slots):
+            layer = part.site.layer
             fresh = fresh or not isinstance(layer, Adapted)
-            attach_layer(layer, hub).put(name, home, _slot(part, name, data, layer.training))
+            attach_layer(layer, hub).put(name, home, slot)
         if fresh:
             announce(model, hub)
         hub.add(name)
@@ -186,23 +200,31 @@ def _stands(part: Part, hub: Hub) -> bool:
     )
 
 
-def _read(known: Proven) -> Lease | None:
-    """The bytes of the tensors, read into memory of their own."""
-    memory = lease(known.size)
-    out = memoryview(memory)  # type: ignore[arg-type]
-    try:
-        with open(known.file, "rb", buffering=0) as f:
+class _Reading:
+    """The bytes of the tensors, read into memory of their own by a second thread while the first makes what will stand on it: most of
+    the time goes into new pages, which the system makes without Python."""
+
+    def __init__(self, known: Proven) -> None:
+        self.known, self.memory, self.whole = known, lease(known.size), False
+        self.thread = threading.Thread(target=self._read, name="omnilora-read", daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        known, out = self.known, memoryview(self.memory)  # type: ignore[arg-type]
+        with suppress(OSError), open(known.file, "rb", buffering=0) as f:
             before = _stamp(os.fstat(f.fileno()))
-            if before[2] != known.begin + known.size:
-                return None
+            if before not in known.stamps or before[2] != known.begin + known.size:
+                return
             f.seek(known.begin)
             got = 0
             while got < known.size and (n := f.readinto(out[got:])):  # type: ignore[arg-type]
                 got += n
-            same = got == known.size and before in known.stamps and _stamp(os.fstat(f.fileno())) == before
-    except OSError:
-        return None
-    return memory if same else None
+            self.whole = got == known.size and _stamp(os.fstat(f.fileno())) == before
+
+    def done(self) -> bool:
+        """Whether all of the file as it was known is there."""
+        self.thread.join()
+        return self.whole
 
 
 def copied(value: Any) -> Any:
