@@ -77,9 +77,13 @@ def _over_lora(name: str, row: str, must: dict[str, float], aim: float, peer: st
                  _training(f"methods {d}", peer, "omnilora lora") if peer else None) for d in must]  # fmt: skip
 
 
+def _adapters(count: int) -> str:
+    return f"{count} adapter{'s' * (count > 1)}"
+
+
 def _decode(dtype: str, musts: tuple[float, ...], aims: tuple[float, ...]) -> list[Gate]:
     part = f"decode {dtype}"
-    return [Gate(f"decode, 32 rows, {k} adapters, {dtype}", must, aim, _serving(part, k), _serving(part, k, "peft"))
+    return [Gate(f"decode, 32 rows, {_adapters(k)}, {dtype}", must, aim, _serving(part, k), _serving(part, k, "peft"))
             for k, must, aim in zip((1, 8, 32), musts, aims)]  # fmt: skip
 
 
@@ -103,7 +107,7 @@ GATES = [
     Gate("one site over nn.Linear", 8.0, 3.0, _overhead("omnilora lora"), _overhead("peft lora"), "µs"),
     *_decode("fp32", (1.06, 1.15, 1.45), (1.02, 1.07, 1.25)),
     *_decode("bf16", (1.15, 1.25, 1.55), (1.05, 1.10, 1.30)),
-    *(Gate(f"prefill, 8 × 128, {k} adapters, fp32", must, aim, _serving("prefill fp32", k), _serving("prefill fp32", k, "peft"))
+    *(Gate(f"prefill, 8 × 128, {_adapters(k)}, fp32", must, aim, _serving("prefill fp32", k), _serving("prefill fp32", k, "peft"))
       for k, must, aim in ((1, 1.08, 1.03), (8, 1.15, 1.07))),
     Gate("rows without an adapter", 1.02, 1.00, _bare_rows),
     Gate("first load with proof", 15.0, 5.0, _load("omnilora first, base fingerprinted", "median"), _load("peft first"), "ms"),

@@ -81,7 +81,8 @@ PAGE = """# Against PEFT
 
 `make bench` on {processor} ({threads} threads, bf16 in hardware: {half}), torch {torch}, PEFT {peft}, transformers {transformers}.
 A ratio is the median, over the rounds of one interleaved run, of a variant's time to that of the first row in the same round, each
-round in an order of its own; min and max are over rounds. Kept bytes are counted, not timed: unique storages kept for the backward pass, parameters excluded.
+round in an order of its own; min and max are over rounds. Kept bytes are counted, not timed: unique storages kept for the backward
+pass, parameters excluded.
 Nothing was timed on a GPU.
 
 Our steps run with the loss that `ol.fit` takes, which makes no logits. A part of our lead is the base model (norms, activations and
