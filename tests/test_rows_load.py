@@ -13,6 +13,7 @@ from torch import nn
 
 import omnilora as ol
 from omnilora.core import files, proven
+from omnilora.errors import OmniloraError
 
 
 def settle():
@@ -52,6 +53,47 @@ def test_the_short_way_gives_what_the_full_way_gives(tmp_path, quick, key):
     for name in os.listdir(path):
         assert (tmp_path / "back" / name).read_bytes() == (path / name).read_bytes()
     assert key not in ("lora", "lora_fa", "rslora") or quick[-1] is not None
+
+
+@pytest.mark.parametrize("key", ["lora", "adalora"])  # tensors that stay where they were read, and others
+@pytest.mark.parametrize("trouble", ["slow disk", "no thread", "cut off", "gone", "written"])
+def test_a_file_is_read_beside(tmp_path, quick, monkeypatch, key, trouble):
+    """Whatever the second thread meets: the numbers of the file, or the full way and its error, with nothing touched."""
+    path = saved(tmp_path / "a", key)
+    settle()
+    model, x = pair(), torch.randn(5, 12)
+    ol.load(model, path, "one")
+    with torch.no_grad():
+        y = model(x)
+    file = next(path.glob("*.safetensors"))
+    read = proven._Reading._read
+
+    def troubled(self):
+        if trouble == "slow disk":
+            time.sleep(0.05)
+        elif trouble == "cut off":
+            file.write_bytes(file.read_bytes()[:-8])
+        elif trouble == "gone":
+            file.unlink()
+        elif trouble == "written":
+            file.write_bytes(file.read_bytes())
+        read(self)
+
+    def refused(self):
+        raise RuntimeError("can't start new thread")
+
+    if trouble == "no thread":
+        monkeypatch.setattr(proven.threading.Thread, "start", refused)
+    monkeypatch.setattr(proven._Reading, "_read", troubled)
+    if trouble in ("cut off", "gone"):
+        with pytest.raises(OmniloraError):
+            ol.load(model, path, "two")
+        assert ol.adapters(model) == ["one"] and ol.active(model) == {"one": 1.0}
+    else:
+        ol.load(model, path, "two")
+        assert (quick[-1] is None) == (trouble == "written")
+    with torch.no_grad():
+        assert torch.equal(model(x), y)
 
 
 def test_adapters_that_were_loaded_so_are_like_others(tmp_path, quick):

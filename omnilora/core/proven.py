@@ -206,8 +206,12 @@ class _Reading:
 
     def __init__(self, known: Proven) -> None:
         self.known, self.memory, self.whole = known, lease(known.size), False
-        self.thread = threading.Thread(target=self._read, name="omnilora-read", daemon=True)
-        self.thread.start()
+        self.thread: threading.Thread | None = threading.Thread(target=self._read, name="omnilora-read", daemon=True)
+        try:
+            self.thread.start()
+        except RuntimeError:  # no thread is to be had
+            self.thread = None
+            self._read()
 
     def _read(self) -> None:
         known, out = self.known, memoryview(self.memory)  # type: ignore[arg-type]
@@ -223,7 +227,8 @@ class _Reading:
 
     def done(self) -> bool:
         """Whether all of the file as it was known is there."""
-        self.thread.join()
+        if self.thread is not None:
+            self.thread.join()
         return self.whole
 
 
