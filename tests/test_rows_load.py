@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import threading
 import time
 
 import pytest
@@ -56,7 +57,7 @@ def test_the_short_way_gives_what_the_full_way_gives(tmp_path, quick, key):
 
 
 @pytest.mark.parametrize("key", ["lora", "adalora"])  # tensors that stay where they were read, and others
-@pytest.mark.parametrize("trouble", ["slow disk", "no thread", "cut off", "gone", "written"])
+@pytest.mark.parametrize("trouble", ["slow disk", "no thread", "cut off", "gone", "written", "cut off meanwhile", "written meanwhile"])
 def test_a_file_is_read_beside(tmp_path, quick, monkeypatch, key, trouble):
     """Whatever the second thread meets: the numbers of the file, or the full way and its error, with nothing touched."""
     path = saved(tmp_path / "a", key)
@@ -66,18 +67,30 @@ def test_a_file_is_read_beside(tmp_path, quick, monkeypatch, key, trouble):
     with torch.no_grad():
         y = model(x)
     file = next(path.glob("*.safetensors"))
-    read = proven._Reading._read
+    read, stat, seen = proven._Reading._read, os.fstat, []
+    what, _, meanwhile = trouble.partition(" meanwhile")
+
+    def happen():
+        if what == "slow disk":
+            time.sleep(0.05)
+        elif what == "cut off":
+            file.write_bytes(file.read_bytes()[:-8])
+        elif what == "gone":
+            file.unlink()
+        elif what == "written":
+            file.write_bytes(file.read_bytes())
 
     def troubled(self):
-        if trouble == "slow disk":
-            time.sleep(0.05)
-        elif trouble == "cut off":
-            file.write_bytes(file.read_bytes()[:-8])
-        elif trouble == "gone":
-            file.unlink()
-        elif trouble == "written":
-            file.write_bytes(file.read_bytes())
+        if not meanwhile:
+            happen()
         read(self)
+
+    def fstat(descriptor):
+        found = stat(descriptor)
+        if meanwhile and not seen and threading.current_thread().name == "omnilora-read":
+            seen.append(1)
+            happen()
+        return found
 
     def refused(self):
         raise RuntimeError("can't start new thread")
@@ -85,13 +98,14 @@ def test_a_file_is_read_beside(tmp_path, quick, monkeypatch, key, trouble):
     if trouble == "no thread":
         monkeypatch.setattr(proven.threading.Thread, "start", refused)
     monkeypatch.setattr(proven._Reading, "_read", troubled)
-    if trouble in ("cut off", "gone"):
+    monkeypatch.setattr(os, "fstat", fstat)
+    if what in ("cut off", "gone"):
         with pytest.raises(OmniloraError):
             ol.load(model, path, "two")
         assert ol.adapters(model) == ["one"] and ol.active(model) == {"one": 1.0}
     else:
         ol.load(model, path, "two")
-        assert (quick[-1] is None) == (trouble == "written")
+        assert (quick[-1] is None) == (what == "written")
     with torch.no_grad():
         assert torch.equal(model(x), y)
 
