@@ -67,7 +67,7 @@ def test_a_file_is_read_beside(tmp_path, quick, monkeypatch, key, trouble):
     with torch.no_grad():
         y = model(x)
     file = next(path.glob("*.safetensors"))
-    read, stat, seen = proven._Reading._read, os.fstat, []
+    read, stat, stamps, seen, looked = proven._Reading._read, os.fstat, proven.stamps, [], threading.Event()
     what, _, meanwhile = trouble.partition(" meanwhile")
 
     def happen():
@@ -89,6 +89,7 @@ def test_a_file_is_read_beside(tmp_path, quick, monkeypatch, key, trouble):
         found = stat(descriptor)
         if meanwhile and not seen and threading.current_thread().name == "omnilora-read":
             seen.append(1)
+            assert looked.wait(5)
             happen()
         return found
 
@@ -99,6 +100,7 @@ def test_a_file_is_read_beside(tmp_path, quick, monkeypatch, key, trouble):
         monkeypatch.setattr(proven.threading.Thread, "start", refused)
     monkeypatch.setattr(proven._Reading, "_read", troubled)
     monkeypatch.setattr(os, "fstat", fstat)
+    monkeypatch.setattr(proven, "stamps", lambda folder: (stamps(folder), looked.set())[0])
     if what in ("cut off", "gone"):
         with pytest.raises(OmniloraError):
             ol.load(model, path, "two")
