@@ -68,7 +68,7 @@ def test_a_file_is_read_beside(tmp_path, quick, monkeypatch, key, trouble):
         y = model(x)
     file = next(path.glob("*.safetensors"))
     read, stat, stamps, seen, looked = proven._Reading._read, os.fstat, proven.stamps, [], threading.Event()
-    what, _, meanwhile = trouble.partition(" meanwhile")
+    what, meanwhile, _ = trouble.partition(" meanwhile")
 
     def happen():
         if what == "slow disk":
