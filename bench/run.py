@@ -4,7 +4,7 @@
 
 Each section is a process of its own (`python bench/training.py --help`), so that none runs in memory that another has used. The last
 run's figures go to OUT/PART.json, every run's to OUT/gates.json beside what is to be reached; docs/benchmark.md is made from them.
-Nothing else should run on the machine meanwhile. Three runs take about an hour and a half on two cores.
+Nothing else should run on the machine meanwhile. Three runs take about three quarters of an hour on two cores.
 """
 
 from __future__ import annotations
